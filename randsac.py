@@ -33,7 +33,7 @@ from tqdm import tqdm
 # those below are this project's own choices.
 
 MODELS = {  # what --model fills in where nothing else is said
-    "nano": dict(dim=128, depth=6, heads=4, decoder_depth=2, lr=1.5e-3),
+    "nano": dict(dim=128, depth=6, heads=4, decoder_depth=2, lr=2e-3),
     "tiny": dict(dim=192, depth=12, heads=3, decoder_depth=4, lr=1e-3),
     "small": dict(dim=384, depth=12, heads=6, decoder_depth=4, lr=5e-4),
     "base": dict(dim=768, depth=12, heads=12, decoder_depth=8, lr=1.5e-4)}
@@ -507,11 +507,12 @@ class RandSAC(nn.Module):
         order, first, last = torch.arange(N, device=device).expand(B, N), 0, N
         if trim:
             sizes = segment_sizes(self.config)
+            check(sizes, f"{self.config.segments} segments vary in size: they cannot be trimmed")
             order, first, last = ranks.argsort(1), sizes[0], N - sizes[-1]
             ranks = torch.cat([torch.full((1, n), rank, device=device) for rank, n in enumerate(sizes)], 1)  # [1,N]
         source, target, memory = (mask[:, None] for mask in attention_masks(ranks))  # [1 or B,1,N,N]
         context, queries = order[:, :last], order[:, first:]  # [B,last], [B,n]
-        position = positions(self.config.grid, self.config.grid, self.config.dim, device)
+        position = positions(self.config.grid, self.config.grid, self.config.dim, device).to(tokens.dtype)  # [N,D]
 
         layers = self.run_encoder(self.embed(take(tokens, context)) + position[context], source[..., :last, :last])
         y = position[queries]  # [B,n,D]: where, and no pixels
