@@ -67,7 +67,7 @@ class Config:
                          "(Table 5); mae: a random quarter given, the rest predicted at once", HIERARCHIES)
     hierarchy: tuple = flag(None, "segment counts from fine to coarse (Section 3.3), as in 16 4: 16 in 4 partitions "
                             "(default: square 16 4, blob 11 5, scatter 9)", low=2)
-    order: str = flag("random", "of prediction: new each time, or row by row (mae: always random)", ("random", "raster"))
+    order: str = flag("random", "new each time, or row by row (mae: always random)", ("random", "raster"))
     model: str = flag(None, "size of the model: fills in the next five flags", MODELS)
     dim: int = flag(None, "width of encoder and decoder", low=4)
     depth: int = flag(None, "encoder layers", low=1)
@@ -93,13 +93,14 @@ class Config:
         self.filled = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
         self._fill(DATASETS.get(self.dataset, {}))
         self._fill(MODELS.get(self.model, {}))
-        self._fill(dict(hierarchy=HIERARCHIES.get(self.segments), target=("normalized", "pixels")[self.patch_size == 1]))
+        self._fill(dict(hierarchy=HIERARCHIES.get(self.segments)))
+        self._fill(dict(target="pixels" if self.patch_size == 1 else "normalized"))
         self.hierarchy = tuple(self.hierarchy) if isinstance(self.hierarchy, list) else self.hierarchy  # JSON has lists
         for f in dataclasses.fields(self):
-            value, kind, (_, choices, low, high) = getattr(self, f.name), f.type, f.metadata.values()
-            values, kind = (value, int) if kind is tuple and type(value) is tuple else ((value,), kind)
-            good = all(type(v) is kind or (kind, type(v)) == (float, int) for v in values) and (
-                all(v in choices for v in values) if choices else kind in (str, bool) or all(low <= v <= high for v in values))
+            value, (_, choices, low, high) = getattr(self, f.name), f.metadata.values()
+            values, kind = (value, int) if f.type is tuple and type(value) is tuple else ((value,), f.type)
+            good = all((type(v) is kind or (kind, type(v)) == (float, int)) and (not choices or v in choices)
+                       and (kind in (str, bool) or low <= v <= high) for v in values)
             wanted = "one of " + ", ".join(choices) if choices else f"{kind.__name__}, from {low} to {high:g}"
             check(good, f"--{f.name.replace('_', '-')} is {value!r} but must be {wanted}")
         self._check_together()
@@ -110,20 +111,19 @@ class Config:
                 setattr(self, name, defaults[name])
 
     def _check_together(self):
-        levels, sides = self.hierarchy, [self.grid] + [math.isqrt(k) for k in self.hierarchy]
         check(self.image_size % self.patch_size == 0,
               f"--patch-size {self.patch_size} does not divide --image-size {self.image_size}: choose one that does")
-        check(self.tokens > 1, "one patch fills the image and nothing is left to predict: choose a smaller --patch-size")
+        check(self.tokens > 1, "one patch fills the image, nothing is left to predict: choose a smaller --patch-size")
         check(self.dim % 4 == 0, f"--dim {self.dim} must be a multiple of 4: sine and cosine of row and column")
         check(self.dim % self.heads == 0, f"--heads {self.heads} does not divide --dim {self.dim}: change one of them")
+        levels, roots = self.hierarchy, [self.grid] + [math.isqrt(k) for k in self.hierarchy]
         check(bool(levels) == bool(HIERARCHIES[self.segments]), f"--segments {self.segments} takes "
               + ("no --hierarchy: leave it out" if levels else "at least one --hierarchy count, such as 16 4"))
         check(all(a > b for a, b in zip((self.tokens + 1, *levels), levels)),
               f"--hierarchy {levels} must descend, as 16 4 does, from at most {self.tokens}, the number of tokens")
-        fits = all(a % b == 0 and k == b * b for a, b, k in zip(sides, sides[1:], levels))
-        check(fits or self.segments != "square", f"--hierarchy {levels} does not cut {self.grid} x {self.grid} tokens in "
-              "squares within squares: choose, each root dividing the one before, from "
-              f"{[d * d for d in range(self.grid, 1, -1) if self.grid % d == 0]}")
+        check(self.segments != "square" or all(a % b == 0 and k == b * b for a, b, k in zip(roots, roots[1:], levels)),
+              f"--hierarchy {levels} does not cut {self.grid} x {self.grid} tokens in squares within squares: choose, "
+              f"each root dividing the one before, of {[r * r for r in range(self.grid, 1, -1) if self.grid % r == 0]}")
 
     @property
     def grid(self):  # tokens along a side
@@ -147,7 +147,7 @@ def make_parser(description, leave_out=()):
     return parser
 
 def run_command(main):
-    """Runs a command's main(arguments). What the user or the machine is to blame for ends in one line and exit code 2."""
+    """Runs a command's main(arguments). What the user or the machine can mend ends in one line and exit code 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError) as error:
@@ -157,7 +157,8 @@ def run_command(main):
 
 def seeded(device, *numbers):
     """A generator for one purpose and step: nothing random has to be saved, and a resumed run is the same run."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    seed, = np.random.SeedSequence(numbers).generate_state(1, np.uint64) >> 1
+    return torch.Generator(device).manual_seed(int(seed))
 
 def write_whole(path, write):
     """Calls write(file) on a file beside `path`, which takes its name when it is on disk: whole, or not at all."""
@@ -169,7 +170,7 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}, which is as it was before ({error}): make room or take another place") from error
+        raise UserError(f"cannot write {path}, which is as before ({error}): make room or go elsewhere") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -233,14 +234,14 @@ def draw_shapes(n, size, seed):
     return images, labels, list(FORMS)
 
 def load_folder(root, size, train):
-    """Decodes each image once to ROOT/randsac-cache/*.npy, which later runs map from disk; arguments as in load_images."""
+    """Decodes each image once to ROOT/randsac-cache/*.npy, which later runs map from disk -> as load_images."""
     files, labels, names = list_images(root, train)
-    check(files or not train, f"no images in {root}: it takes train/CLASS/*.jpg (and test/ or val/), or images anywhere in it")
+    check(files or not train, f"no images in {root}: it takes train/CLASS/*.jpg (and test/ or val/), or any images")
     shape = (len(files), 3, size, size)
     if not files:
         return torch.empty(shape, dtype=torch.uint8), torch.empty(0, dtype=torch.long), names
-    key = repr([(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    cache = root / "randsac-cache" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{size}.npy"  # never an outdated one
+    key = repr([(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files])  # no outdated cache
+    cache = root / "randsac-cache" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{size}.npy"
 
     def write(file):
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
@@ -261,7 +262,7 @@ def load_folder(root, size, train):
     return torch.from_numpy(images), torch.tensor(labels), names
 
 def list_images(root, train):
-    """-> paths, labels (-1: none) and class names. The folders in train/ are the classes, in test/ and val/ too."""
+    """-> paths, labels (-1: none), class names. The folders in train/ are the classes, in test/ and val/ too."""
     check(root.is_dir(), f"{root} is not a folder: name one with --data-dir")
     splits = [root / "train", root] if train else [root / "test", root / "val"]  # root itself: images without classes
     split = next((s for s in splits if s.is_dir()), None)
@@ -288,7 +289,7 @@ def decode(path, size):
         raise UserError(f"{path} cannot be decoded ({error}): mend or remove it") from error
 
 def normalize(images, size):
-    """uint8 [B,3,H,W] -> float [B,3,size,size] in [-1, 1], the same way for every data set, so that transfer is easy."""
+    """uint8 [B,3,H,W] -> float [B,3,size,size] in [-1, 1], alike for all data sets, so that transfer is easy."""
     x = images.float() / 127.5 - 1
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", antialias=True)
 
@@ -325,7 +326,7 @@ def normalize_patches(tokens):
     return (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Segments (Section 3.2): which tokens belong together. A level is an id for each token, [B,N]; unused ids do not matter.
+# Segments (Section 3.2): which tokens belong together. A level is an id for each token, [B,N]; ids may have gaps.
 
 def square_segments(grid, count):
     """-> [N]: grid x grid tokens cut in `count` squares of M x M tokens, count = HW/(PM)^2 (Table 3)."""
@@ -334,30 +335,25 @@ def square_segments(grid, count):
     return (index[:, None] * (grid // M) + index).flatten()
 
 def blob_segments(points, count, generator=None):
-    """points [B,n,2] in the unit square -> the nearest of `count` random Gaussians by Mahalanobis distance [B,n], and the
-    Gaussians' means [B,count,2]. One that is nearest to no point is simply not there. The range of the deviations is open
-    in the paper: a common factor would change nothing, only their ratio, here up to 3, shapes the blobs."""
+    """points [B,n,2] in the unit square -> the nearest of `count` random Gaussians by Mahalanobis distance [B,n], and
+    the Gaussians' means [B,count,2]. One that is nearest to no point is simply not there. The range of deviations is
+    open in the paper: a common factor would change nothing, only their ratio, here up to 3, shapes the blobs."""
     u = torch.rand(5, len(points), 1, count, generator=generator, device=points.device)
     mean, deviation, angle = u[:2], 0.1 + 0.2 * u[2:4], math.pi * u[4]
     x, y = points.movedim(-1, 0)[..., None] - mean  # [B,n,count] each
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     return ((along / deviation[0])**2 + (across / deviation[1])**2).argmin(-1), mean[:, :, 0].movedim(0, -1)
 
-def blob_levels(grid, counts, batch, device="cpu", generator=None):
-    """-> levels [B,N] from fine to coarse. A coarser blob groups finer ones by their means, so that blobs nest (3.3)."""
-    centre = (torch.arange(grid, device=device) + 0.5) / grid
-    points, levels = torch.cartesian_prod(centre, centre).flip(-1).expand(batch, -1, -1), []  # [B,N,2], x and y
-    for count in counts:
-        ids, points = blob_segments(points, count, generator)
-        levels.append(ids.gather(1, levels[-1]) if levels else ids)  # the blob of my blob
-    return levels
-
 def sample_levels(config, batch, device="cpu", generator=None):
-    """-> levels [B,N] from fine to coarse for every strategy but mae."""
+    """-> levels [B,N] from fine to coarse, of every strategy but mae."""
     if config.segments in ("patch", "square"):  # a patch is a square of one token
         counts = config.hierarchy or (config.tokens,)
         return [square_segments(config.grid, count).to(device).expand(batch, -1) for count in counts]
-    levels = blob_levels(config.grid, config.hierarchy, batch, device, generator)
+    centre = (torch.arange(config.grid, device=device) + 0.5) / config.grid
+    points, levels = torch.cartesian_prod(centre, centre).flip(-1).expand(batch, -1, -1), []  # [B,N,2]: x and y
+    for count in config.hierarchy:
+        ids, points = blob_segments(points, count, generator)  # a coarser blob groups finer ones by their means:
+        levels.append(ids.gather(1, levels[-1]) if levels else ids)  # my partition is that of my blob, so blobs nest
     if config.segments == "scatter":  # Table 5's control: the sizes of blobs, the tokens anywhere
         places = permutations(batch, config.tokens, device, generator)
         levels = [level.gather(1, places) for level in levels]
@@ -404,7 +400,7 @@ def segment_sizes(config):
 # Masked transformer (Section 4.1, Figure 4) with trainable skip connections (Section 4.2)
 
 def attention_masks(ranks):
-    """ranks [...,N] -> source, target and memory mask, bool [...,N,N]; True: row i may attend to column j (Figure 4)."""
+    """ranks [...,N] -> source, target, memory mask, bool [...,N,N]; True: row i may attend to column j (Figure 4)."""
     i, j = ranks[..., :, None], ranks[..., None, :]
     return i >= j, (i >= j) & (j >= 1), i > j
 
@@ -420,7 +416,7 @@ def take(x, index):
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B,n,D] to memory [B,m,D]; a row that its mask [1 or B,1,n,m] leaves empty gets zeros."""
+    """Multi-head attention of x [B,n,D] to memory [B,m,D]; a row that its mask [1 or B,1,n,m] leaves empty is zero."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -482,14 +478,14 @@ class RandSAC(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        if config.skip:  # W of Section 4.2, indexed [decoder layer, encoder layer] as in its formula (the text turns the shape)
+        if config.skip:  # W of Section 4.2, indexed [l,k] as in its formula (the text prints the shape turned)
             W = torch.zeros(config.decoder_depth, config.depth)
             W[:, -1] = 1  # open in the paper; so training begins as the vanilla decoder, which reads the last layer
             self.skip = nn.Parameter(W)
 
     def forward(self, images, ranks, trim=False):
-        """images [B,3,H,W], ranks [B,N] -> loss: squared error of a token, mean over a sample's predicted tokens, mean over
-        the batch (Section 5). A sample that is one single segment counts zero."""
+        """images [B,3,H,W], ranks [B,N] -> loss: squared error of a token, mean over a sample's predicted tokens, mean
+        over the batch (Section 5). A sample that is one single segment counts zero."""
         tokens = patchify(images, self.config.patch_size)  # [B,N,PPC]
         target = normalize_patches(tokens) if self.config.target == "normalized" else tokens
         prediction, queries, ranks = self.decode(tokens, ranks, trim)
@@ -500,9 +496,9 @@ class RandSAC(nn.Module):
     def decode(self, tokens, ranks, trim=False):
         """tokens [B,N,PPC], ranks [B,N] -> predictions [B,n,PPC], which tokens they are [B,n], those tokens' ranks.
 
-        Right for any ranks: all tokens in raster order, masks for each sample. With `trim`, where segment sizes never vary:
-        tokens sorted by rank, one mask for the batch, without the last segment in the encoder, as nothing comes after it,
-        and without the first in the decoder, as nothing comes before it (Section 4.1)."""
+        Right for any ranks: all tokens in raster order, masks for each sample. With `trim`, where segment sizes never
+        vary: tokens sorted by rank, one mask for the batch, the last segment left out of the encoder, as nothing comes
+        after it, and the first out of the decoder, as nothing comes before it (Section 4.1)."""
         (B, N, _), device = tokens.shape, tokens.device
         order, first, last = torch.arange(N, device=device).expand(B, N), 0, N
         if trim:
@@ -537,12 +533,13 @@ class RandSAC(nn.Module):
         return prediction.masked_fill((ranks == 0)[..., None], torch.nan)
 
     def encode_layers(self, images):
-        """images [B,3,H,W] of any size that P divides -> every encoder layer's output [B,n,D], unmasked (Section 5.1)."""
+        """images [B,3,H,W], any size that P divides -> all encoder layers' outputs [B,n,D], unmasked (Section 5.1)."""
         P, (H, W) = self.config.patch_size, images.shape[-2:]
-        return self.run_encoder(self.embed(patchify(images, P)) + positions(H // P, W // P, self.config.dim, images.device))
+        position = positions(H // P, W // P, self.config.dim, images.device)
+        return self.run_encoder(self.embed(patchify(images, P)) + position)
 
     def encode(self, images):
-        """-> features [B,n,D], the last layer's. The LayerNorm has no scale, as pre-training would leave it untrained."""
+        """-> features [B,n,D] of the last layer. The LayerNorm has no scale: pre-training would leave it untrained."""
         return F.layer_norm(self.encode_layers(images)[-1], (self.config.dim,))
 
     @staticmethod
@@ -575,9 +572,12 @@ def restore(model, state, path):
     model.load_state_dict(state)
 
 def read_flags(flags):
-    """The flags that were given -> Config and, with --resume, what was saved; refuses what would make it another run."""
+    """The flags given -> Config and, with --resume, what was saved; refuses what would make it another run."""
     if not flags.get("resume"):
-        return Config(**flags), None
+        config = Config(**flags)
+        check(not config.out or not Path(config.out, "metrics.jsonl").exists(),
+              f"{config.out} holds a run: go on with it by --resume, or choose another --out")
+        return config, None
     check(flags.get("out"), "--resume needs the run's directory: --out DIR")
     saved, before = load_checkpoint(Path(flags["out"], "checkpoint.pt"))
     config = Config(**{**saved["config"], **flags})
@@ -591,16 +591,14 @@ def open_run(config, saved):
     """Makes the run's directory, or cuts its metrics back to the checkpoint -> the open metrics file."""
     config.out = config.out or f"runs/{config.dataset}-{config.segments}-{time.strftime('%Y%m%d-%H%M%S')}"
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    try:
-        metrics = open(Path(config.out, "metrics.jsonl"), "rb+" if saved else "xb+")  # x: of two runs only one gets the name
-    except FileExistsError:
-        raise UserError(f"{config.out} holds a run: go on with it by --resume, or choose another --out") from None
+    metrics = open(Path(config.out, "metrics.jsonl"), "rb+" if saved else "xb+")  # x: only one run gets the name
     rows, end = metrics.readlines(), 0
-    while saved and rows and rows[0].endswith(b"\n") and json.loads(rows[0])["step"] <= saved["step"]:
+    while rows and rows[0].endswith(b"\n") and json.loads(rows[0])["step"] <= saved["step"]:
         end += len(rows.pop(0))
     metrics.truncate(end)
     metrics.seek(end)
-    write_whole(Path(config.out, "config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(config), indent=1).encode()))
+    settings = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+    write_whole(Path(config.out, "config.json"), lambda file: file.write(settings.encode()))
     return metrics
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -615,7 +613,8 @@ def pick_device(name):
 
 def autocast(device):
     """bfloat16 on CUDA chips that have it, else float32 (CPUs can be hundreds of times slower in bfloat16)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported(False))
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 def learning_rate(step, steps, config):
     """Linear warm-up, then half a cosine down to zero."""
@@ -629,16 +628,19 @@ def make_optimizer(model, config):
               dict(params=[p for p in decays if not decays[p]], weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
-def training_step(forward, optimizer, batch, config, step, steps, process=0):
-    """One step on uint8 images [B,3,H,W] -> its loss. The host reads no value here, so that a GPU never waits for it."""
+def batch_loss(model, images, config, generator=None):
+    """Loss of normalized images [B,3,S,S] in freshly drawn orders, trimmed where that is possible."""
+    ranks = sample_ranks(config, len(images), images.device, generator)
+    with autocast(images.device):
+        return model(images, ranks, trim=segment_sizes(config) is not None)
+
+def training_step(model, optimizer, batch, config, step, steps, process=0):
+    """One step on uint8 images [B,3,H,W] -> its loss. The host reads no value here, so a GPU never waits for it."""
     generator = seeded(batch.device, config.seed, 1, step, process)
-    images = augment(batch, config.image_size, config.crop_scale, generator)
-    ranks = sample_ranks(config, len(batch), batch.device, generator)
-    with autocast(batch.device):
-        loss = forward(images, ranks, trim=segment_sizes(config) is not None)
+    loss = batch_loss(model, augment(batch, config.image_size, config.crop_scale, generator), config, generator)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(forward.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, config)
     optimizer.step()
@@ -647,37 +649,25 @@ def training_step(forward, optimizer, batch, config, step, steps, process=0):
 @torch.no_grad()
 def held_out_loss(model, images, config, device):
     """Mean loss on uint8 images never trained on, in the same orders at each call."""
-    total = 0.0
-    for start in range(0, len(images), 500):
-        batch = normalize(images[start:start + 500].to(device), config.image_size)
-        ranks = sample_ranks(config, len(batch), device, seeded(device, config.seed, 2, start))
-        with autocast(device):
-            total += model(batch, ranks, trim=segment_sizes(config) is not None).item() * len(batch)
-    return total / len(images)
+    parts = [normalize(part.to(device), config.image_size) for part in images.split(500)]
+    losses = [batch_loss(model, x, config, seeded(device, config.seed, 2, i)) * len(x) for i, x in enumerate(parts)]
+    return sum(losses).item() / len(images)
 
 def announce(model, images, config, steps, world, device):
-    """Before the first step: what was filled in, and how long the run will take, from a timed pass over a small batch."""
+    """Before the first step: what was filled in, and the time that the run will take, from a pass over a few images."""
     print(", ".join(f"{name} {getattr(config, name)}" for name in config.filled))
-    batch = normalize(images[:32 if device.type == "cpu" else config.batch_size // world].to(device), config.image_size)
+    few = normalize(images[:32 if device.type == "cpu" else config.batch_size // world].to(device), config.image_size)
     for _ in range(2):  # the first is slower
         start = time.perf_counter()
-        with autocast(device):
-            model(batch, sample_ranks(config, len(batch), device), trim=segment_sizes(config) is not None).backward()
+        batch_loss(model, few, config).backward()
         model.embed.bias.grad.sum().item()  # waits for a GPU
-    model.zero_grad()
-    minutes = (time.perf_counter() - start) / len(batch) * config.batch_size / world * steps / 60
-    print(f"{config.out}: {steps} steps of {config.batch_size} images on {world} x {device}, about {minutes:,.0f} minutes"
-          + " (long for a CPU: --model nano --epochs 5 --batch-size 128, or --dataset shapes, is for one)"
-          * (device.type == "cpu" and minutes > 120))
+    minutes = (time.perf_counter() - start) / len(few) * config.batch_size / world * steps / 60
+    print(f"{config.out}: {steps} steps of {config.batch_size} images on {world} x {device}, some {minutes:,.0f} minutes")
+    if device.type == "cpu" and minutes > 120:
+        print("That is long for a CPU: --model nano --epochs 5 --batch-size 128, or --dataset shapes, is for one.")
 
 def set_up(config, saved, device, process, world):
-    """-> training images, held-out images, model, the model as it is called in training, optimizer."""
-    torch.manual_seed(config.seed)
-    model = RandSAC(config).to(device)
-    optimizer = make_optimizer(model, config)
-    if saved:
-        restore(model, saved["model"], config.out)
-        optimizer.load_state_dict(saved["optimizer"])
+    """-> training images, held-out images, model, the model as training calls it, optimizer."""
     if process > 0:
         dist.barrier()  # the first process downloads and decodes, then the others find it done
     images, held_out = (load_images(config, train)[0] for train in (True, False))
@@ -687,61 +677,75 @@ def set_up(config, saved, device, process, world):
     held_out = held_out[::max(1, len(held_out) // HELD_OUT)][:HELD_OUT]  # of every class
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
-    forward = torch.compile(model) if config.compile else model
-    forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
-    return images, held_out, model, forward, optimizer
+    torch.manual_seed(config.seed)
+    model = RandSAC(config).to(device)
+    optimizer = make_optimizer(model, config)
+    if saved:
+        restore(model, saved["model"], config.out)
+        optimizer.load_state_dict(saved["optimizer"])
+    wrapped = torch.compile(model) if config.compile else model
+    wrapped = nn.parallel.DistributedDataParallel(wrapped) if world > 1 else wrapped
+    return images, held_out, model, wrapped, optimizer
+
+def any_process(signals, step, device, world):
+    """Whether to stop: all processes must agree on the step, and ask each other only now and then."""
+    if world == 1 or step % LOG_EVERY:
+        return world == 1 and bool(signals)
+    count = torch.tensor(len(signals), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
 
 def train(config, saved, device, process=0, world=1):
     """Trains to the last step or to the first signal -> exit code."""
-    metrics = open_run(config, saved) if process == 0 else None
-    step = saved["step"] if saved else 0
-    images, held_out, model, forward, optimizer = set_up(config, saved, device, process, world)
+    images, held_out, model, wrapped, optimizer = set_up(config, saved, device, process, world)
+    metrics, step = open_run(config, saved) if process == 0 else None, saved["step"] if saved else 0
     per_epoch = len(images) // config.batch_size
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
 
     def save():
-        content = dict(config=dataclasses.asdict(config), step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+        content = dict(config=dataclasses.asdict(config), step=step, model=model.state_dict(),
+                       optimizer=optimizer.state_dict())
         write_whole(Path(config.out, "checkpoint.pt"), lambda file: torch.save(content, file))
 
     if process == 0:
         save()  # before the first step too: --resume always finds the run
         announce(model, images, config, steps - step, world, device)
-    signals, losses, order, start = [], [], None, time.perf_counter()
+    signals, stop, losses, order, start = [], False, [], None, time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first is obeyed between two steps, a second at once
         signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
-    bar = tqdm(total=steps * config.batch_size, initial=step * config.batch_size, unit="img", disable=process > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
-    while step < steps and not signals:
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or order is None:
-            order = torch.randperm(len(images), generator=seeded("cpu", config.seed, 0, epoch)).to(images.device)
-        index = order[place * config.batch_size:(place + 1) * config.batch_size][process::world]
-        losses.append(training_step(forward, optimizer, images[index].to(device), config, step, steps, process))
-        step += 1
-        bar.update(config.batch_size)
-        epoch_ends = place + 1 == per_epoch or step == steps
-        saves = epoch_ends or signals or config.save_every and step % config.save_every == 0
-        if process > 0 or not saves and step % LOG_EVERY:
-            continue
-        row = dict(step=step, epoch=epoch + 1, loss=torch.stack(losses).mean().item(), lr=optimizer.param_groups[0]["lr"],
-                   images_per_s=round(len(losses) * config.batch_size / (time.perf_counter() - start), 1))
-        check(math.isfinite(row["loss"]), f"the loss is {row['loss']} at step {step}: lower --lr. {config.out}/checkpoint.pt "
-              "is from before")
-        if epoch_ends and len(held_out):
-            row["held_out_loss"] = held_out_loss(model, held_out, config, device)
-        metrics.write(json.dumps(row).encode() + b"\n")
-        metrics.flush()
-        bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{row['loss']:.4f}")
-        if saves:
-            save()
-        losses, start = [], time.perf_counter()
-    bar.close()
-    if process == 0 and signals:
+    with tqdm(total=steps * config.batch_size, initial=step * config.batch_size, unit="img", disable=process > 0,
+              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        while step < steps and not stop:
+            epoch, place = divmod(step, per_epoch)
+            if place == 0 or order is None:
+                order = torch.randperm(len(images), generator=seeded("cpu", config.seed, 0, epoch)).to(images.device)
+            index = order[place * config.batch_size:(place + 1) * config.batch_size][process::world]
+            losses.append(training_step(wrapped, optimizer, images[index].to(device), config, step, steps, process))
+            step += 1
+            bar.update(config.batch_size)
+            stop, epoch_ends = any_process(signals, step, device, world), place + 1 == per_epoch or step == steps
+            saves = epoch_ends or stop or config.save_every and step % config.save_every == 0
+            if process > 0 or not saves and step % LOG_EVERY:
+                continue
+            rate = len(losses) * config.batch_size / (time.perf_counter() - start)
+            row = dict(step=step, epoch=epoch + 1, loss=torch.stack(losses).mean().item(),
+                       lr=optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1))
+            check(math.isfinite(row["loss"]), f"the loss is {row['loss']} at step {step}: lower --lr. "
+                  f"{config.out}/checkpoint.pt is from before")
+            if epoch_ends and len(held_out):
+                row["held_out_loss"] = held_out_loss(model, held_out, config, device)
+            metrics.write(json.dumps(row).encode() + b"\n")
+            metrics.flush()
+            bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{row['loss']:.4f}")
+            if saves:
+                save()
+            losses, start = [], time.perf_counter()
+    if process == 0 and stop:
         print(f"stopped after step {step}. To go on: python randsac.py --out {config.out} --resume")
     elif process == 0:
         print(f"trained. Next: python probe.py {config.out}/checkpoint.pt\n"
               f"         and: python visualize.py all --checkpoint {config.out}/checkpoint.pt")
-    return 128 + signals[0] if signals else 0
+    return 128 + (signals or [signal.SIGTERM])[0] if stop else 0
 
 def main(arguments):
     config, saved = read_flags(vars(make_parser(__doc__).parse_args(arguments)))

@@ -1,5 +1,6 @@
 """What the tests share. `pytest` runs the quick ones; `pytest -m long` the long ones, `pytest -m bench -s` the timings."""
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import randsac  # noqa: E402
+
+os.environ["PYTHONPATH"] = str(ROOT)  # for the process that has imported torch and that others are forked from
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["randsac"])
 
 MARKERS = {"long": "takes minutes; run with -m long", "bench": "measures speed; run with -m bench -s"}
 

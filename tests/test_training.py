@@ -3,12 +3,13 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import MICRO_FLAGS, command, fails_in_one_line, micro, random_model, run_here
+from conftest import MICRO_FLAGS, ROOT, command, fails_in_one_line, forks, micro, random_model, run_here
 
 import randsac
 
@@ -203,15 +204,13 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     config = micro(segments="blob", hierarchy=(5, 2))
     model, images, ranks = random_model(config), torch.randn(8, 3, 16, 16).double(), randsac.sample_ranks(config, 8)
     model(images, ranks).backward()
-    mp.spawn(other_process, (2, tmp_path / "meet", images, ranks), nprocs=2)
+    both = [forks.Process(target=other_process, args=(i, 2, str(tmp_path / "meet"), images, ranks)) for i in range(2)]
+    [process.start() for process in both], [process.join(100) for process in both]
     for p, gradient in zip(model.parameters(), torch.load(tmp_path / "meet.gradients")):
         assert torch.allclose(p.grad, gradient, atol=1e-10)
 
 
 def test_torchrun_trains_one_run(tmp_path, image_folder):
-    import subprocess
-    import sys
-    from conftest import ROOT
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr",
                              "127.0.0.1", "--master-port", "29641", str(ROOT / "randsac.py"), *MICRO_FLAGS,
                              "--data-dir", str(image_folder), "--out", "run", "--epochs", "2"], cwd=tmp_path,
