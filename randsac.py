@@ -655,14 +655,14 @@ def held_out_loss(model, images, config, device):
 
 def announce(model, images, config, steps, world, device):
     """Before the first step: what was filled in, and the time that the run will take, from a pass over a few images."""
-    print(", ".join(f"{name} {getattr(config, name)}" for name in config.filled))
+    print("filled in:", ", ".join(f"{name} {getattr(config, name)}" for name in config.filled) or "nothing")
     few = normalize(images[:32 if device.type == "cpu" else config.batch_size // world].to(device), config.image_size)
     for _ in range(2):  # the first is slower
         start = time.perf_counter()
         batch_loss(model, few, config).backward()
         model.embed.bias.grad.sum().item()  # waits for a GPU
     minutes = (time.perf_counter() - start) / len(few) * config.batch_size / world * steps / 60
-    print(f"{config.out}: {steps} steps of {config.batch_size} images on {world} x {device}, some {minutes:,.0f} minutes")
+    print(f"{config.out}: {steps} steps of {config.batch_size} images, {world} x {device}: about {minutes:,.0f} minutes")
     if device.type == "cpu" and minutes > 120:
         print("That is long for a CPU: --model nano --epochs 5 --batch-size 128, or --dataset shapes, is for one.")
 

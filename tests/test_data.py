@@ -251,28 +251,28 @@ def test_a_failed_download_says_both_ways_on_and_leaves_nothing_that_looks_whole
 
 # --- augmentation
 
-def test_augment_of_the_whole_image_is_the_image_or_its_mirror():
-    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    plain = images / 127.5 - 1
-    out = randsac.augment(images, 16, crop_scale=1.0, generator=randsac.seeded("cpu", 0))
-    # of area 1 and another aspect than 1 the crop is cut on one side: take those that are nearly square
-    same = [(o - p).abs().max() < 1e-4 or (o - p.flip(-1)).abs().max() < 1e-4 for o, p in zip(out, plain)]
-    assert out.shape == plain.shape and out.min() >= -1 - 1e-4 and out.max() <= 1 + 1e-4 and not all(same)
+def boxes(crop_scale, n=4000):
+    """-> the width and height of n random crops as shares of the side, width negative where flipped; and the crops."""
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(n, 1, 32, 32)
+    images = torch.cat([ramp, ramp.transpose(-1, -2), ramp], 1)  # brightness tells x, y, x
+    out = randsac.augment(images, 32, crop_scale, randsac.seeded("cpu", 1))
+    whole = 248 / 127.5
+    return (out[:, 0, 0, -1] - out[:, 0, 0, 0]) / whole, (out[:, 1, -1, 0] - out[:, 1, 0, 0]) / whole, out
 
 
 def test_augment_crops_a_box_of_the_stated_area_and_flips_half():
-    ramp = torch.arange(256, dtype=torch.uint8).expand(4000, 1, 256, 256)
-    images = torch.cat([ramp, ramp.transpose(-1, -2), ramp], 1)[:, :, ::8, ::8].contiguous()  # x, y, x as brightness
-    out = randsac.augment(images, 32, 0.25, randsac.seeded("cpu", 1))
-    width = (out[:, 0, 0, -1] - out[:, 0, 0, 0]) / (images[0, 0, 0, -1] / 127.5)  # share of the side, negative if flipped
-    height = (out[:, 1, -1, 0] - out[:, 1, 0, 0]) / (images[0, 1, -1, 0] / 127.5)
+    width, height, out = boxes(0.25)
     area = width.abs() * height
-    assert area.min() > 0.2 and area.max() <= 1.001 and 0.45 < (width < 0).float().mean() < 0.55
-    assert (height > 0).all() and abs(area.mean() - 0.6) < 0.03
-    straight = (out[:, 0, 0] - out[:, 0, -1]).abs().max()
-    assert straight < 1e-4  # rows stay rows
+    assert area.min() > 0.2 and area.max() <= 1.001 and abs(area.mean() - 0.6) < 0.03 and (height > 0).all()
+    assert 0.45 < (width < 0).float().mean() < 0.55 and 0.8 < (width.abs() / height).log().exp().mean() < 1.2
+    assert (out[:, 0, 0] - out[:, 0, -1]).abs().max() < 1e-4  # rows stay rows
     left = torch.minimum(out[:, 0, 0, 0], out[:, 0, 0, -1])
-    assert left.min() >= -1.0001 and left.std() > 0.1
+    assert left.min() >= -1.0001 and left.std() > 0.1 and out.max() <= 248 / 127.5 - 1 + 1e-4  # anywhere, never outside
+
+
+def test_augment_that_keeps_the_whole_area_cuts_at_most_one_side():
+    width, height, _ = boxes(1.0)
+    assert torch.maximum(width.abs(), height).min() > 0.999 and width.abs().min() > 0.85 and height.min() > 0.85
 
 
 def test_augment_is_reproducible_and_resizes():
