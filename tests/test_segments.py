@@ -80,7 +80,8 @@ def test_blob_counts_and_sizes_vary():
 
 def test_blobs_nest():
     for counts in [(11, 5), (30, 11, 5, 2)]:
-        levels = randsac.blob_levels(8, counts, 100, generator=randsac.seeded("cpu", 0))
+        config = micro(image_size=32, segments="blob", hierarchy=counts)
+        levels = randsac.sample_levels(config, 100, generator=randsac.seeded("cpu", 0))
         for fine, coarse in zip(levels, levels[1:]):
             for b in range(100):
                 for segment in fine[b].unique():
