@@ -662,7 +662,7 @@ def announce(model, images, config, steps, world, device):
         batch_loss(model, few, config).backward()
         model.embed.bias.grad.sum().item()  # waits for a GPU
     minutes = (time.perf_counter() - start) / len(few) * config.batch_size / world * steps / 60
-    print(f"{config.out}: {steps} steps of {config.batch_size} images, {world} x {device}: about {minutes:,.0f} minutes")
+    print(f"{config.out}: {steps} steps of {config.batch_size} images, {world} x {device}: about {minutes:.0f} minutes")
     if device.type == "cpu" and minutes > 120:
         print("That is long for a CPU: --model nano --epochs 5 --batch-size 128, or --dataset shapes, is for one.")
 

@@ -325,7 +325,7 @@ def read_run(folder):
     try:
         json.loads(Path(folder, "config.json").read_text())
         rows = [json.loads(row) for row in Path(folder, "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()]
-        check(rows and all(math.isfinite(row["step"] + row["loss"] + row["lr"]) for row in rows), "no step is logged yet")
+        check(rows and all(math.isfinite(row["step"] + row["loss"] + row["lr"]) for row in rows), "no step is logged")
         found = {path.stem[6:]: json.loads(path.read_text()) for path in sorted(Path(folder).glob("probe-*.json"))}
         top1 = {name: float(probe["top1"]) for name, probe in found.items() if "top1" in probe}
         return rows, top1, [float(accuracy) for accuracy in found.get("layers", {}).get("accuracy", [])]

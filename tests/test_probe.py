@@ -324,6 +324,14 @@ def test_strong_augmentation_differs_between_groups_of_images_and_keeps_what_the
     assert torch.equal(x, again[0]) and torch.equal(target, again[1]) and not torch.equal(x, other[0])
 
 
+def test_each_eight_images_are_distorted_in_a_way_of_their_own(monkeypatch):
+    monkeypatch.setattr(probe, "augment", lambda images, size, scale, generator: images.float())
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(64, 1, 1, 1)  # mixtures of equals are equal
+    x, _ = probe.strong_augmentation(2)(images, torch.arange(64) % 2, micro(), randsac.seeded("cpu", 5))
+    groups = x.view(8, 8, -1)
+    assert torch.allclose(groups, groups[:, :1], atol=1e-2) and len(groups[:, 0].round().unique(dim=0)) > 4
+
+
 # --- the command
 
 def test_every_protocol_floor_and_transfer_has_a_result_of_its_own(checkpoint, image_folder, capsys, tmp_path):
