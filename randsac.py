@@ -215,12 +215,12 @@ def draw_shapes(n, size, seed):
         def uniform(low, high, channels=1):  # [B,channels,1,1]
             return low + (high - low) * torch.rand(len(part), channels, 1, 1, generator=generator)
 
-        def stripes():  # [B,1,size,size], a wave of random direction, length and strength
-            angle = uniform(0, 2 * math.pi)
-            return uniform(0, 0.25) * torch.sin(uniform(4, 20) * (x * angle.cos() + y * angle.sin()) + uniform(0, 6.3))
+        def texture():  # [B,1,size,size], a wave of random direction, length and strength, often none
+            angle, strength = uniform(0, 2 * math.pi), uniform(-0.2, 0.2).clamp(min=0)
+            return strength * torch.sin(uniform(1, 12) * (x * angle.cos() + y * angle.sin()) + uniform(0, 6.3))
 
-        angle, radius = uniform(0, 2 * math.pi), uniform(0.4, 0.65)
-        dx, dy = (x - uniform(-0.35, 0.35)) / radius, (y - uniform(-0.35, 0.35)) / radius
+        angle, radius = uniform(-0.5, 0.5), uniform(0.5, 0.75)
+        dx, dy = (x - uniform(-0.25, 0.25)) / radius, (y - uniform(-0.25, 0.25)) / radius
         u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # [B,1,size,size]
         depth = torch.empty_like(u)
         for label, form in enumerate(FORMS.values()):
@@ -228,8 +228,8 @@ def draw_shapes(n, size, seed):
         back = uniform(0, 1, 3)
         front = (back + uniform(0.25, 0.75, 3)) % 1  # another colour in every channel, and none typical of a class
         cover = (0.5 - depth * radius * size / 2).clamp(0, 1)  # the edge is one pixel soft
-        noise = 0.05 * torch.randn(len(part), 3, size, size, generator=generator)
-        image = torch.lerp(back + stripes(), front + stripes(), cover) + noise
+        noise = 0.02 * torch.randn(len(part), 3, size, size, generator=generator)
+        image = torch.lerp(back + texture(), front + texture(), cover) + noise
         images[start:start + 2000] = (image.clamp(0, 1) * 255).round().byte()
     return images, labels, list(FORMS)
 
@@ -736,7 +736,7 @@ def train(config, saved, device, process=0, world=1):
                 row["held_out_loss"] = held_out_loss(model, held_out, config, device)
             metrics.write(json.dumps(row).encode() + b"\n")
             metrics.flush()
-            bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{row['loss']:.4f}")
+            bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{row['loss']:.4f}", refresh=False)
             if saves:
                 save()
             losses, start = [], time.perf_counter()

@@ -208,7 +208,7 @@ def test_features_are_computed_once_for_the_same_checkpoint_and_images(tmp_path)
     def kept(images=images, size=8, key="checkpoint"):
         before = len(calls)
         train, test = probe.kept_features(function, images, images[:5], size, CPU, cache, [key])
-        assert torch.equal(train, torch.load(cache)["train"]) and len(test) == 5
+        assert torch.equal(train, torch.load(cache)["train"]) and test.shape == (5, 3 * size * size)
         return len(calls) > before
 
     assert kept() and not kept()
@@ -283,6 +283,22 @@ def test_the_seed_decides_the_training(checkpoint, tmp_path, protocol):
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
 
 
+def test_every_step_and_seed_crops_in_a_way_of_its_own(checkpoint, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(probe, "augment", lambda images, size, scale, generator: (
+        drawn.append(generator.initial_seed()), randsac.normalize(images, size))[1])
+    for seed in (3, 4):
+        measured("linear-sgd", checkpoint, None, "--epochs", 2, "--batch-size", 24, "--seed", seed)
+    assert len(drawn) == len(set(drawn)) == 12  # 72 images: 3 steps an epoch
+
+
+@pytest.mark.parametrize("protocol", ["linear-sgd", "finetune"])
+def test_a_trained_head_scores_each_test_image_alone(checkpoint, protocol):
+    scores = [measured(protocol, checkpoint, None, "--epochs", 2, "--lr", 0.1, "--batch-size", 24, change=lambda data: (
+        *data[:2], data[2][:n], data[3][:n], data[4]))[1][0][0][:4] for n in (24, 4)]
+    assert torch.allclose(*scores, atol=1e-4)
+
+
 @pytest.mark.parametrize("protocol, epochs, lr", [("linear-sgd", 20, 1), ("finetune", 30, 0.05)])
 def test_training_learns_what_colours_tell(checkpoint, tmp_path, protocol, epochs, lr):
     _, [(scores, _)] = measured(protocol, checkpoint, None, "--epochs", epochs, "--lr", lr, "--batch-size", 24)
@@ -326,7 +342,7 @@ def test_strong_augmentation_differs_between_groups_of_images_and_keeps_what_the
 
 def test_each_eight_images_are_distorted_in_a_way_of_their_own(monkeypatch):
     monkeypatch.setattr(probe, "augment", lambda images, size, scale, generator: images.float())
-    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(64, 1, 1, 1)  # mixtures of equals are equal
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(64, 1, 1, 1)  # a mix of equals is equal
     x, _ = probe.strong_augmentation(2)(images, torch.arange(64) % 2, micro(), randsac.seeded("cpu", 5))
     groups = x.view(8, 8, -1)
     assert torch.allclose(groups, groups[:, :1], atol=1e-2) and len(groups[:, 0].round().unique(dim=0)) > 4
@@ -394,7 +410,10 @@ def test_a_smaller_checkpoint_in_half_precision_will_do(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     model = {name: weight.half() for name, weight in saved["model"].items()}
     torch.save(dict(config=saved["config"], model=model), checkpoint)
+    cache = checkpoint.parent / "features.pt"
+    before = torch.load(cache)["train"]
     half = probed(checkpoint, "--protocol", "knn")["probe-knn.json"]
+    assert not torch.equal(torch.load(cache)["train"], before), "another checkpoint in its place has other features"
     assert half["step"] is None and abs(half["top1"] - whole["top1"]) < 13 and half["sha256"] != whole["sha256"]
 
 

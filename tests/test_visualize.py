@@ -51,7 +51,7 @@ def find(page, image, tolerance=0.0):
     """-> whether the image stands somewhere on the page, unchanged up to a mean difference."""
     page, image = (np.asarray(i.convert("RGB")).astype(np.int16) for i in (page, image))
     (H, W), (h, w), rng = page.shape[:2], image.shape[:2], np.random.default_rng(0)
-    near = np.argwhere(np.abs(page[:H - h + 1, :W - w + 1, 1] - image[0, 0, 1]) <= 9 * tolerance)  # corners that could be
+    near = np.argwhere(np.abs(page[:H - h + 1, :W - w + 1, 1] - image[0, 0, 1]) <= 9 * tolerance)  # corners?
     for y, x in rng.integers(0, (h, w), (25, 2)):
         near = near[np.abs(page[near[:, 0] + y, near[:, 1] + x, 1] - image[y, x, 1]) <= 9 * tolerance]
     return any(np.abs(page[y:y + h, x:x + w] - image).mean() <= tolerance for y, x in near)
@@ -60,7 +60,8 @@ def find(page, image, tolerance=0.0):
 def margins_are_white(page):
     pixels = np.asarray(page.convert("RGB"))
     edge = pixels.shape[1] // 160  # of a unit: 10 of 1600 pixels
-    return all((part >= 250).all() for part in (pixels[:edge], pixels[-edge // 2:], pixels[:, :edge], pixels[:, -edge:]))
+    parts = pixels[:edge], pixels[-edge // 2:], pixels[:, :edge], pixels[:, -edge:]
+    return all((part >= 250).all() for part in parts)  # a GIF's white may not be quite white
 
 
 # --- maps, masks, frames
@@ -80,7 +81,8 @@ def test_mask_panels_are_the_masks_with_what_is_left_out(segments, hierarchy):
     palette = vz.blend(np.linspace(0, 1, K))
     panels = vz.mask_panels(ranks, 370, palette, "raster order")
     first, last = (ranks == 0).numpy(), (ranks == K - 1).numpy()
-    for (words, image), mask, row, column in zip(panels, attention_masks(ranks), (last, first, first), (last, first, last)):
+    rows, columns = (last, first, first), (last, first, last)
+    for (words, image), mask, row, column in zip(panels, attention_masks(ranks), rows, columns):
         seen, out = cells(image, N + thick, N + thick), row[:, None] | column
         forbidden, allowed, left_out = (vz.blend([0], [colour] * 2)[0] for colour in vz.MASK.values())
         assert ((seen[thick:, thick:] == left_out).all(-1) == out).all(), words
@@ -105,8 +107,8 @@ def test_the_masks_picture_holds_figure_4_and_blocks_when_serialized():
 
 @pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
 def test_frames_reveal_segment_by_segment_and_end_with_the_whole_photo(segments, hierarchy, tmp_path):
-    ranks, photo = ranks_of(segments, hierarchy), np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    photo //= 2  # never the grey of what is hidden
+    photo = np.random.default_rng(0).integers(0, 128, (32, 32, 3)).astype(np.uint8)  # never the grey of what is hidden
+    ranks = ranks_of(segments, hierarchy)
     frames, side = vz.draw_order(photo, ranks), vz.share(2) // 2
     assert len(frames) == ranks.max() + 1
     frames[0].save(tmp_path / "order.gif", save_all=True, append_images=frames[1:])
@@ -161,7 +163,8 @@ def test_errors_are_those_of_the_loss(monkeypatch):
     vz.draw_loss_by_rank(model, images, ranks)  # without no_grad, as in a notebook
     (steps, losses, *_), (_, zero, *_) = charts[0]
     with torch.no_grad():
-        assert list(steps) == list(range(1, 16)) and sum(losses) / 15 == pytest.approx(model(images, ranks).item(), rel=1e-4)
+        assert list(steps) == list(range(1, 16))
+        assert sum(losses) / 15 == pytest.approx(model(images, ranks).item(), rel=1e-4)
     assert zero[0] == pytest.approx(47 / 48, rel=1e-3)  # the variance that normalizes has n - 1 under it
 
 
@@ -216,7 +219,8 @@ def test_bars_are_as_high_as_their_values():
     edges = np.flatnonzero(np.diff((blue > 0).astype(int)))
     assert len(edges) == 6  # three bars
     heights = [blue[(a + b) // 2] for a, b in edges.reshape(3, 2)]
-    assert heights[1] / heights[0] == pytest.approx(2, rel=0.02) and heights[2] / heights[0] == pytest.approx(4, rel=0.02)
+    assert heights[1] / heights[0] == pytest.approx(2, rel=0.02)
+    assert heights[2] / heights[0] == pytest.approx(4, rel=0.02)
 
 
 def test_lines_go_through_their_points_and_a_single_point_is_a_dot():
@@ -241,12 +245,15 @@ def test_without_a_model_four_pictures_are_drawn(tmp_path, capsys):
     draw("--out", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"segments.png", "hierarchy.png", "order.gif", "masks.png"}
     written = capsys.readouterr().out
-    assert all(f"wrote {tmp_path / name}" in written for name in ("segments.png", "order.gif")) and "next: python" in written
+    assert all(f"wrote {tmp_path / name}" in written for name in ("segments.png", "order.gif"))
+    assert "next: python" in written
+    assert Image.open(tmp_path / "order.gif").n_frames == 16
 
 
-@pytest.mark.parametrize("flags", ["--segments blob --hierarchy 11 5", "--segments mae", "--segments patch --order raster",
-                                   "--image-size 56 --patch-size 8 --segments scatter --seed 3", "--image-size 8 --segments blob "
-                                   "--hierarchy 2", "--image-size 16 --patch-size 1"])
+@pytest.mark.parametrize("flags", [
+    "--segments blob --hierarchy 11 5", "--segments mae", "--segments patch --order raster",
+    "--image-size 16 --patch-size 1",
+    "--image-size 56 --patch-size 8 --segments scatter --seed 3", "--image-size 8 --segments blob --hierarchy 2"])
 def test_pictures_of_any_strategy_stay_inside_their_margins(tmp_path, flags):
     draw(*FREE, "--out", tmp_path, *flags.split())
     for path in tmp_path.iterdir():
@@ -276,8 +283,8 @@ def test_every_picture_of_a_model_can_be_drawn_by_name(run, tmp_path, name):
 
 def test_an_image_another_strategy_and_a_token_can_be_chosen(run, image_folder, tmp_path):
     picture = next((image_folder / "test").rglob("*.png"))
-    flags = ["--checkpoint", run / "checkpoint.pt", "--image", picture, "--segments", "blob", "--hierarchy", 5, "--token", 3]
-    draw("predictions", "attention", *flags, "--out", tmp_path)
+    flags = ["--image", picture, "--segments", "blob", "--hierarchy", 5, "--token", 3, "--out", tmp_path]
+    draw("predictions", "attention", "--checkpoint", run / "checkpoint.pt", *flags)
     photo = randsac.decode(picture, 8).transpose(1, 2, 0)
     assert find(Image.open(tmp_path / "predictions.png"), vz.heat(vz.share(8), vz.share(8), photo))
 
@@ -288,7 +295,8 @@ def test_curves_compares_runs_and_reads_one_that_is_still_being_written(run, tmp
         file.write('{"step": 6, "lo')
     draw("curves", run, other, "--out", tmp_path / "figures")
     pixels = np.asarray(Image.open(tmp_path / "figures" / "curves.png"))
-    assert all((pixels == vz.blend([0], [hue] * 2)).all(-1).sum() > 5000 for hue in vz.HUES[:2])  # legend and bars of both
+    for hue in vz.HUES[:2]:  # in legend and bars
+        assert (pixels == vz.blend([0], [hue] * 2)).all(-1).sum() > 5000
 
 
 def test_all_goes_on_where_something_is_missing_and_says_what_makes_it(run, tmp_path, capsys):
@@ -313,7 +321,8 @@ def test_all_without_a_model_draws_what_it_can(tmp_path, capsys):
 
 
 def broken_runs(run, tmp_path):
-    for name, damage in dict(cut='{"step": 5}\n', empty="", garbage="no json\n", words='{"step": "a", "loss": 1, "lr": 1}\n').items():
+    damages = dict(cut='{"step": 5}\n', empty="", garbage="no json\n", words='{"step": "a", "loss": 1, "lr": 1}\n')
+    for name, damage in damages.items():
         folder = shutil.copytree(run, tmp_path / name)
         (folder / "metrics.jsonl").write_text(damage)
         yield name, folder
@@ -333,9 +342,9 @@ def test_broken_runs_are_named_in_one_line(run, tmp_path):
 
 
 @pytest.mark.parametrize("words, arguments", [
-    ("no picture curvs", ["curvs"]), ("no picture", ["segments", "runs/x"]), ("no.pt", ["masks", "--checkpoint", "no.pt"]),
-    ("not a whole run", ["curves", "nowhere"]), ("--checkpoint", ["attention"]), ("no.png", ["order", "--image", "no.png"]),
-    ("hierarchy", ["masks", "--hierarchy", "7"])])
+    ("no picture curvs", ["curvs"]), ("no picture", ["segments", "runs/x"]), ("not a whole run", ["curves", "nowhere"]),
+    ("no.pt", ["masks", "--checkpoint", "no.pt"]), ("no.png", ["order", "--image", "no.png"]),
+    ("--checkpoint", ["attention"]), ("hierarchy", ["masks", "--hierarchy", "7"])])
 def test_bad_input_is_said_in_one_line(words, arguments, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         draw(*arguments, "--out", tmp_path)
