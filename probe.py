@@ -9,7 +9,7 @@ unmasked encoder turns an image into tokens, and the mean of its last layer's to
     python probe.py runs/NAME/checkpoint.pt --dataset folder --data-dir DIR --image-size 224    # transfer
 
 The protocols and what they cost. A pass is one look of the encoder at every image: 60,000 images of 32 x 32 pixels
-and the nano model take 2 to 3 minutes on two CPU cores, seconds on a GPU.
+and the nano model take some minutes on two CPU cores.
   linear      LIN. Features of the frozen encoder, computed once and kept beside the checkpoint; multinomial logistic
               regression solved to its optimum: no training to tune. 1 pass, but seconds once the features are kept
   knn         nothing is learned: weighted vote of the 20 training images nearest by cosine similarity. The same pass

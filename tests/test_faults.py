@@ -88,51 +88,49 @@ def undisturbed(image_folder, tmp_path_factory):
     return out
 
 
-def go_on(flags, out, log):
-    """What a user does after a fault: resume if there is something to resume, else start again."""
-    if not (out / "checkpoint.pt").exists():
-        return [*flags, "--out", out]
-    return ["--out", out, "--resume"]
-
-
 # --- killed
 
-def kill_and_resume(flags, out, log, undisturbed, kills, rng):
-    """kill -9 at random moments until it was done `kills` times, then to the end -> moments (steps) of the kills."""
-    moments = []
-    while len(moments) < kills:
-        process = start(go_on(flags, out, log), log)
-        while not out.exists() and process.is_alive():
+def kill_and_resume(flags, folder, undisturbed, kills, rng):
+    """`kills` runs, each killed by kill -9 at a random moment of its life and resumed to its end -> the steps of the
+    checkpoints that the kills left."""
+    log, left, lifetime = folder / "log", [], 0.0
+
+    def begin(out):
+        process = start([*flags, "--out", out], log)
+        while not (out / "checkpoint.pt").exists():
+            assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.15))
+        return process, time.perf_counter()
+
+    for _ in range(2):  # how long a run lives; the first is slower
+        process, born = begin(folder / f"whole{_}")
+        assert finish(process, log)[0] == 0
+        lifetime = time.perf_counter() - born
+    while len(left) < kills:
+        out = folder / str(time.perf_counter_ns())
+        process, _ = begin(out)
+        time.sleep(rng.uniform(0, lifetime))
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it was faster: once more from the start
-            for file in out.iterdir():
-                file.unlink()
-            out.rmdir()
+        if process.exitcode == 0:  # it was faster
             continue
         assert process.exitcode == -signal.SIGKILL
-        if (out / "checkpoint.pt").exists():
-            moments.append(randsac.load_checkpoint(out / "checkpoint.pt")[0]["step"])  # always whole
-        elif out.exists():
-            for file in out.iterdir():
-                file.unlink()
-            out.rmdir()
-    code, text = finish(start(go_on(flags, out, log), log), log)
-    assert code == 0 and same_weights(out, undisturbed), text
-    assert [r["step"] for r in rows(out)] == [r["step"] for r in rows(undisturbed)]
-    return moments
+        left.append(randsac.load_checkpoint(out / "checkpoint.pt")[0]["step"])  # always whole
+        code, text = finish(start(["--out", out, "--resume"], log), log)
+        assert code == 0 and same_weights(out, undisturbed), text
+        assert [r["step"] for r in rows(out)] == [r["step"] for r in rows(undisturbed)]
+    return left
 
 
 def test_kill_9_at_random_moments(flags, tmp_path, undisturbed):
-    kill_and_resume(flags, tmp_path / "run", tmp_path / "log", undisturbed, 4, np.random.default_rng(0))
+    kill_and_resume(flags, tmp_path, undisturbed, 4, np.random.default_rng(0))
 
 
 @pytest.mark.long
 def test_kill_9_twenty_times(flags, tmp_path, undisturbed):
-    moments = kill_and_resume(flags, tmp_path / "run", tmp_path / "log", undisturbed, 20, np.random.default_rng(1))
-    print("killed with checkpoints of steps", moments)
+    left = kill_and_resume(flags, tmp_path, undisturbed, 20, np.random.default_rng(1))
+    print("killed with checkpoints of steps", sorted(left))
+    assert len(set(left)) > 5  # all over the run
 
 
 @pytest.mark.parametrize("fault", ["kill while writing", "kill before flush", "kill before rename"])
