@@ -182,7 +182,7 @@ def draw_hierarchy(config):
 
 def draw_order(photo, ranks, predicted=None, most=64):  # photos uint8 [H,W,3], ranks [N]; at `most` so many frames
     """Segment by segment: what is given, what comes next (Figure 1)
-    Step {step} of {last}: the outlined segment is predicted from all those before it."""
+    Step {step} of {last}. Outlined: what this step predicts, from all that is given. The end: the whole image."""
     grid, last, side, frames = as_grid(ranks), ranks.max().item(), share(2), []
     words = "ranks: when each token is predicted" if predicted is None else "predicted, each segment from true pixels"
     for step in sorted({round(step) for step in np.linspace(1, last + 1, min(last + 1, most))}):  # ends with all given

@@ -246,3 +246,27 @@ def test_a_step_reads_no_value_on_the_host(segments):
     with HostReads() as reads:
         batch.sum().item()
     assert reads.seen  # the test can fail
+
+
+class Recorder(torch.nn.Module):
+    """Keeps what a training step shows the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.shown = torch.nn.Parameter(torch.ones(2, 2)), []
+
+    def forward(self, images, ranks, trim):
+        self.shown.append((images, ranks))
+        return self.weight.sum()
+
+
+@pytest.mark.parametrize("segments", ["patch", "square", "blob", "scatter", "mae"])
+def test_crops_and_orders_are_fresh_at_each_step_and_in_each_process(segments):
+    config, recorder = micro(segments=segments, hierarchy={"blob": (5, 2), "scatter": (5,)}.get(segments)), Recorder()
+    optimizer, batch = randsac.make_optimizer(recorder, config), torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    for step, process in [(0, 0), (0, 0), (1, 0), (2, 0), (1, 1)]:
+        randsac.training_step(recorder, optimizer, batch, config, step, 10, process)
+    first, *others = recorder.shown
+    assert all(torch.equal(a, b) for a, b in zip(first, others[0]))  # the same step is the same, so that a run can resume
+    for i, one in enumerate(others):
+        assert not any(torch.equal(a, b) for two in others[:i] for a, b in zip(one, two))
