@@ -325,6 +325,12 @@ def normalize_patches(tokens):
     """Each token [...,P*P*C] less its own mean, over its own standard deviation: the target of Section 5, as in MAE."""
     return (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
 
+def token_loss(prediction, target, ranks):
+    """prediction, target [B,n,P*P*C], ranks [B,n] -> loss (Section 5): squared error of a token, mean over a sample's
+    predicted tokens (rank >= 1), mean over the batch. A sample that is one single segment counts zero."""
+    error, scored = (prediction.float() - target).square().mean(-1), (ranks >= 1).float()  # [B,n] each
+    return ((error * scored).sum(1) / scored.sum(1).clamp(min=1)).mean()
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Segments (Section 3.2): which tokens belong together. A level is an id for each token, [B,N]; ids may have gaps.
 
@@ -334,15 +340,21 @@ def square_segments(grid, count):
     index = torch.arange(grid) // M
     return (index[:, None] * (grid // M) + index).flatten()
 
+def nearest_gaussian(points, mean, deviation, angle):
+    """points [B,n,2], means [B,K,2], deviations [B,K,2] along axes turned by angle [B,K] from x to y -> the nearest of
+    the K Gaussians to each point by Mahalanobis distance, [B,n] (A segment of Figure 2 (f) is what one wins)."""
+    x, y = (points[:, :, None] - mean[:, None]).unbind(-1)  # [B,n,K] each
+    cos, sin = angle[:, None].cos(), angle[:, None].sin()
+    turned = torch.stack([x * cos + y * sin, y * cos - x * sin], -1)  # [B,n,K,2]
+    return (turned / deviation[:, None]).square().sum(-1).argmin(-1)
+
 def blob_segments(points, count, generator=None):
-    """points [B,n,2] in the unit square -> the nearest of `count` random Gaussians by Mahalanobis distance [B,n], and
-    the Gaussians' means [B,count,2]. One that is nearest to no point is simply not there. The range of deviations is
-    open in the paper: a common factor would change nothing, only their ratio, here up to 3, shapes the blobs."""
-    u = torch.rand(5, len(points), 1, count, generator=generator, device=points.device)
-    mean, deviation, angle = u[:2], 0.1 + 0.2 * u[2:4], math.pi * u[4]
-    x, y = points.movedim(-1, 0)[..., None] - mean  # [B,n,count] each
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    return ((along / deviation[0])**2 + (across / deviation[1])**2).argmin(-1), mean[:, :, 0].movedim(0, -1)
+    """points [B,n,2] in the unit square -> ids [B,n] of the nearest of `count` random Gaussians, and their means
+    [B,count,2]. One that is nearest to no point is simply not there. The range of deviations is open in the paper: a
+    common factor would change nothing, only their ratio, here up to 3, shapes the blobs."""
+    drawn = torch.rand(len(points), count, 5, generator=generator, device=points.device)
+    mean, deviation, angle = drawn.split((2, 2, 1), -1)
+    return nearest_gaussian(points, mean, 0.1 + 0.2 * deviation, math.pi * angle[..., 0]), mean
 
 def sample_levels(config, batch, device="cpu", generator=None):
     """-> levels [B,N] from fine to coarse, of every strategy but mae."""
@@ -484,14 +496,11 @@ class RandSAC(nn.Module):
             self.skip = nn.Parameter(W)
 
     def forward(self, images, ranks, trim=False):
-        """images [B,3,H,W], ranks [B,N] -> loss: squared error of a token, mean over a sample's predicted tokens, mean
-        over the batch (Section 5). A sample that is one single segment counts zero."""
+        """images [B,3,H,W], ranks [B,N] -> the loss of all tokens of rank >= 1."""
         tokens = patchify(images, self.config.patch_size)  # [B,N,PPC]
         target = normalize_patches(tokens) if self.config.target == "normalized" else tokens
         prediction, queries, ranks = self.decode(tokens, ranks, trim)
-        error = (prediction.float() - take(target, queries)).square().mean(-1)  # [B,n]
-        scored = (ranks >= 1).float()  # [1 or B,n]
-        return ((error * scored).sum(1) / scored.sum(1).clamp(min=1)).mean()
+        return token_loss(prediction, take(target, queries), ranks)
 
     def decode(self, tokens, ranks, trim=False):
         """tokens [B,N,PPC], ranks [B,N] -> predictions [B,n,PPC], which tokens they are [B,n], those tokens' ranks.

@@ -56,7 +56,7 @@ def test_blob_is_the_nearest_gaussian_by_mahalanobis_distance():
     B, K, grid = 20, 6, 8
     points = torch.tensor([[(x + 0.5) / grid, (y + 0.5) / grid] for y in range(grid) for x in range(grid)])
     ids, means = randsac.blob_segments(points.expand(B, -1, -1), K, randsac.seeded("cpu", 3))
-    u = torch.rand(5, B, 1, K, generator=randsac.seeded("cpu", 3))[:, :, 0].double()  # mean, deviations, angle
+    u = torch.rand(B, K, 5, generator=randsac.seeded("cpu", 3)).double().movedim(-1, 0)  # mean, deviations, angle
     assert torch.equal(means.double(), torch.stack([u[0], u[1]], -1))
     agree = 0
     for b in range(B):
