@@ -309,7 +309,8 @@ def augment(images, size, crop_scale=0.3, generator=None):
 # Tokens (Section 3.1) and targets (Section 5)
 
 def patchify(images, patch_size):
-    """images [B,C,H,W] -> tokens [B,N,P*P*C] in raster order, N = HW/P^2. UserError where P does not divide H and W."""
+    """images [B,C,H,W] -> tokens [B,N,P*P*C], N = HW/P^2, row by row; a token is [P,P,C]: its pixels row by row, a
+    pixel's channels together. UserError where P does not divide H and W."""
     (B, C, H, W), P = images.shape, patch_size
     check(H % P == 0 and W % P == 0, f"--patch-size {P} does not divide an image of {H} x {W} pixels")
     x = images.reshape(B, C, H // P, P, W // P, P)
@@ -322,27 +323,29 @@ def unpatchify(tokens, patch_size):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * P, side * P)  # [B,C,side,P,side,P] -> [B,C,H,H]
 
 def normalize_patches(tokens):
-    """Each token [...,P*P*C] less its own mean, over its own standard deviation: the target of Section 5, as in MAE."""
+    """Each token [...,P*P*C] less its mean, over sqrt(its unbiased variance + 1e-6): Section 5, as in MAE."""
     return (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
 
 def token_loss(prediction, target, ranks):
-    """prediction, target [B,n,P*P*C], ranks [B,n] -> loss (Section 5): squared error of a token, mean over a sample's
-    predicted tokens (rank >= 1), mean over the batch. A sample that is one single segment counts zero."""
+    """prediction, target [B,n,P*P*C], ranks [B,n] -> loss (Section 5): squared error, mean over a token's values, then
+    over a sample's predicted tokens (rank >= 1), then over the batch. A sample with none of these counts zero."""
     error, scored = (prediction.float() - target).square().mean(-1), (ranks >= 1).float()  # [B,n] each
     return ((error * scored).sum(1) / scored.sum(1).clamp(min=1)).mean()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Segments (Section 3.2): which tokens belong together. A level is an id for each token, [B,N]; ids may have gaps.
+# Segments (Section 3.2): which tokens belong together. A level is an id (any of 0..N-1) for each token, [B,N].
 
 def square_segments(grid, count):
-    """-> [N]: grid x grid tokens cut in `count` squares of M x M tokens, count = HW/(PM)^2 (Table 3)."""
+    """-> an id for each token, int64 [N] row by row: grid x grid tokens cut in `count` squares of M x M tokens,
+    count = HW/(PM)^2 (Table 3). Tokens of one square share an id, any of 0..N-1."""
     M = grid // math.isqrt(count)
     index = torch.arange(grid) // M
     return (index[:, None] * (grid // M) + index).flatten()
 
 def nearest_gaussian(points, mean, deviation, angle):
-    """points [B,n,2], means [B,K,2], deviations [B,K,2] along axes turned by angle [B,K] from x to y -> the nearest of
-    the K Gaussians to each point by Mahalanobis distance, [B,n] (A segment of Figure 2 (f) is what one wins)."""
+    """points [B,n,2] (x, y), means [B,K,2], deviations [B,K,2] along the axes x and y turned by angle [B,K] (radians,
+    from x towards y) -> the index of the nearest of the K Gaussians to each point by Mahalanobis distance, int64 [B,n].
+    A segment of Figure 2 (f) is what one wins."""
     x, y = (points[:, :, None] - mean[:, None]).unbind(-1)  # [B,n,K] each
     cos, sin = angle[:, None].cos(), angle[:, None].sin()
     turned = torch.stack([x * cos + y * sin, y * cos - x * sin], -1)  # [B,n,K,2]
@@ -384,8 +387,9 @@ def dense(values):
     return torch.empty_like(values).scatter(1, index, steps)
 
 def serialize(levels, order="random", generator=None):
-    """levels [B,N] from fine to coarse -> ranks [B,N]: visits the coarsest partitions in random or raster order, and
-    finishes each, by the same rule, before the next (Figure 3)."""
+    """levels, a list of [B,N] from fine to coarse -> ranks [B,N], 0..K-1 for the K finest segments of a sample: visits
+    the coarsest partitions in random order (each sample its own, all equally likely, drawn from `generator`) or raster
+    order (that of their first tokens), and finishes each, by the same rule, before the next (Figure 3)."""
     (B, N), device = levels[0].shape, levels[0].device
     ranks = torch.zeros_like(levels[0])
     for ids in reversed(levels):
@@ -412,7 +416,8 @@ def segment_sizes(config):
 # Masked transformer (Section 4.1, Figure 4) with trainable skip connections (Section 4.2)
 
 def attention_masks(ranks):
-    """ranks [...,N] -> source, target, memory mask, bool [...,N,N]; True: row i may attend to column j (Figure 4)."""
+    """ranks [...,N] -> source, target, memory mask, bool [...,N,N]; True: row i may attend to column j (Figure 4).
+    Source: j's segment is i's or earlier; target: so, and j has a rank >= 1; memory: j's segment is earlier."""
     i, j = ranks[..., :, None], ranks[..., None, :]
     return i >= j, (i >= j) & (j >= 1), i > j
 
@@ -530,7 +535,8 @@ class RandSAC(nn.Module):
         return [x := layer(x, mask) for layer in self.encoder]
 
     def mix_skips(self, layers):
-        """H^1..H^L [B,n,D] -> a memory for each decoder layer l, Z^l = sum over k of W[l,k] H^k (Section 4.2)."""
+        """H^1..H^L, a list of [B,n,D] -> a memory [B,n,D] for each decoder layer l: Z^l = sum over k of W[l,k] H^k, W =
+        self.skip (Section 4.2); with --no-skip, where there is no W, H^L for each."""
         if not self.config.skip:
             return layers[-1:] * len(self.decoder)
         return torch.einsum("lk,kbnd->lbnd", self.skip, torch.stack(layers)).unbind()

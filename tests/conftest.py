@@ -26,6 +26,8 @@ MARKERS = {"long": "takes minutes; run with -m long", "bench": "measures speed; 
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    for number in range(1, 8):
+        config.addinivalue_line("markers", f"exercise{number}: grades exercise {number} of the assignment alone")
 
 
 def pytest_collection_modifyitems(config, items):
