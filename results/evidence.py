@@ -127,7 +127,7 @@ def machine():
     if randsac.pick_device("auto").type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "") or platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 def measure(name, seed, args):
     """Trains and probes -> the lines of a run's log: its settings, then one for each probed pass."""
