@@ -6,7 +6,7 @@
 
 All variants share one recipe, tuned for none of them. `run` calls randsac.py and probe.py as a user would and leaves
 a log for each run in results/evidence/. A run that has its log is skipped, one that was cut off goes on, and of two
-commands at work side by side each takes the next run that is free."""
+commands at work side by side each takes the next run that is free. (For Linux and macOS: Windows has no fcntl.)"""
 import argparse, contextlib, fcntl, io, json, math, os, platform, shutil, signal, sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -118,7 +118,7 @@ def probe(checkpoint, floor="", flags=""):
         if not result.exists():
             call("probe.py", checkpoint, "--protocol", protocol, *flags.split())
         found[key] = json.loads(result.read_text())["top1"]
-    for cache in checkpoint.parent.glob("features*.pt"):  # both protocols have used it, and it is large
+    for cache in checkpoint.parent.glob("features*"):  # both protocols have used it, and it is large
         cache.unlink()
     return found
 
@@ -127,7 +127,7 @@ def machine():
     if randsac.pick_device("auto").type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 def measure(name, seed, args):
     """Trains and probes -> the lines of a run's log: its settings, then one for each probed pass."""
@@ -150,8 +150,12 @@ def measure(name, seed, args):
 
 def measure_floors():
     """-> the lines of floors.jsonl, none as long as there is no checkpoint, of which floors take only the sizes."""
-    checkpoint, = sorted(RUNS.glob("*/pass-*/checkpoint.pt"))[:1] or [None]
-    return checkpoint and [dict(floor=flags, **probe(checkpoint, floor, flags)) for floor, flags in FLOORS.items()]
+    checkpoint = RUNS / "floors/checkpoint.pt"  # of its own, as the run may be another process's
+    for found in [] if checkpoint.exists() else sorted(RUNS.glob("*/pass-*/checkpoint.pt"))[:1]:
+        checkpoint.parent.mkdir(exist_ok=True)
+        write_whole(checkpoint, lambda file: file.write(found.read_bytes()))
+    return [dict(floor=flags, **probe(checkpoint, floor, flags)) for floor, flags in FLOORS.items()
+            if checkpoint.exists()]
 
 def run(args):
     check(args.data_dir.is_dir(), f"{args.data_dir} is not a folder: name the one with the images by --data-dir")
