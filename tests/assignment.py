@@ -21,8 +21,8 @@ EXERCISES = {  # number: section of the paper, functions of randsac.py
     5: ("4.1", ["attention_masks"]),
     6: ("4.2", ["mix_skips"]),
     7: ("5", ["normalize_patches", "token_loss"])}
-FILES = ["README.md", "LICENSE", "requirements.txt", "assets", "randsac.py", "probe.py", "visualize.py",
-         "tests/conftest.py", "tests/test_exercises.py"]
+FILES = ["README.md", "LICENSE", "CITATION.cff", "requirements.txt", "assets", "randsac.py", "probe.py",
+         "visualize.py", "tests/conftest.py", "tests/test_exercises.py"]
 
 
 def take_out(source, exercises):

@@ -57,8 +57,8 @@ def grade(hand_out, source, number):
 def test_hand_out_is_the_project_without_seven_exercises(hand_out):
     files = {f.relative_to(hand_out).as_posix() for f in hand_out.rglob("*") if f.is_file()}
     pictures = {f.relative_to(ROOT).as_posix() for f in (ROOT / "assets").rglob("*") if f.is_file()}
-    assert files - pictures == {"README.md", "LICENSE", "requirements.txt", "randsac.py", "probe.py", "visualize.py",
-                                "tests/conftest.py", "tests/test_exercises.py"} and files > pictures
+    assert files - pictures == {"README.md", "LICENSE", "CITATION.cff", "requirements.txt", "randsac.py", "probe.py",
+                                "visualize.py", "tests/conftest.py", "tests/test_exercises.py"} and files > pictures
     for name in files - {"randsac.py"}:
         assert (hand_out / name).read_bytes() == (ROOT / name).read_bytes()
 
