@@ -172,9 +172,9 @@ def linear(train, labels, test, classes, seed):
     """LIN (Section 5.1): training images' features [n,D], labels [n] -> scores [m,C] of the test features [m,D],
     settings. The strength of L2 is the best on a held-out tenth of the training images; then all of them are fitted."""
     order = torch.randperm(len(train), generator=seeded("cpu", seed, 20)).to(train.device)
-    (x, test), y, held = standardize(train[order], test), labels[order], math.ceil(len(train) / 10)
-    tried, start = [], None
+    y, held, tried, start = labels[order], math.ceil(len(train) / 10), [], None
     with progress(total=len(L2_GRID) + 1, desc="fitting", unit="fit") as bar:
+        x, test = standardize(train[order], test)
         for l2 in L2_GRID:
             start = logistic_regression(x[held:], y[held:], classes, l2, start)
             tried.append((percent(F.linear(x[:held], *start).argmax(1) == y[:held]), l2, start))

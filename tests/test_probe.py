@@ -551,5 +551,5 @@ def test_on_shapes_finetune_beats_linear_and_linear_beats_both_floors(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     top1 = [result["top1"] for flags in ((), ("--random-init",), ("--features", "pixels"))
             for result in probed(checkpoint, *flags).values()]
-    [finetuned] = probed(checkpoint, "--protocol", "finetune", "--epochs", 5).values()
+    [finetuned] = probed(checkpoint, "--protocol", "finetune", "--epochs", 3).values()
     assert finetuned["top1"] > top1[0] > max(top1[1:]), (finetuned["top1"], top1)
