@@ -31,13 +31,13 @@ def test_functions_and_flags_are_there():
     rows = [row.split("|")[2:4] for row in table.splitlines() if row.startswith("| ")][1:]
     names = re.findall(r"`([A-Za-z_.]+)`", "".join(row[0] for row in rows))
     assert len(names) > 20
-    for name in names:
+    for name in {*names} - {"raster"}:  # a value of --order
         place = randsac
         for part in [] if name.endswith(".py") else name.split("."):
             place = getattr(place, part)
     sources = "probe.py", "visualize.py", "results/evidence.py", "tests/assignment.py"
     known = randsac.make_parser("").format_help() + "".join((ROOT / source).read_text() for source in sources)
-    for flag in set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]+", TEXT)) - {"--nproc-per-node"}:
+    for flag in set(re.findall(r"(?<![\w-])--[a-z0-9]+(?:-[a-z0-9]+)*(?![\w-])", TEXT)) - {"--nproc-per-node"}:
         assert flag in known, flag
     assert "--help" in TEXT
 
