@@ -27,7 +27,7 @@ README, PICTURE = ROOT / "README.md", ROOT / "assets/evidence.png"
 BEGIN, END = "<!-- evidence -->", "<!-- /evidence -->"
 PASSES = 1, 3, 10  # over the images, after which to probe; the last ends a run
 POLL, PATIENCE = 0.5, 3  # seconds between two looks at a training; for it to end by itself
-RECIPE = ("--dataset folder --dim 96 --heads 3 --depth 4 --decoder-depth 1 --lr 4e-3 --batch-size 64 "
+RECIPE = ("--dataset folder --dim 64 --heads 2 --depth 4 --decoder-depth 1 --lr 4e-3 --batch-size 64 "
           f"--epochs {PASSES[-1]}")
 VARIANTS = {  # in the order of importance
     "square-16-4": "--segments square --hierarchy 16 4",
