@@ -292,6 +292,11 @@ def describe(runs, settings, floors):
         yield f"- {claim}, {a} against {b}{note}: {verdict(*(at(runs.get(n, []), last) for n in (a, b)), pooled)}"
     yield ("- RandSAC > MAE, equal minutes, square-16-4 against mae: "
            + equal_minutes(*(runs.get(name, []) for name in ("square-16-4", "mae")), pooled))
+    done, total = sum(map(len, runs.values())), sum(name in VARIANTS for name, _ in JOBS)
+    if done < total:
+        several = ", ".join(name for name, found in runs.items() if len(found) > 1) or "none"
+        yield (f"\n{done} of {total} runs are logged, so these verdicts are preliminary. Variants with several seeds: "
+               f"{several}.")
     yield f"\n{RULE}"
 
 def report(args):

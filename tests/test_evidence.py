@@ -228,6 +228,8 @@ def test_table_verdicts_and_picture(here, monkeypatch):
     assert "53.00 against 50.00 ± 1.00, difference +3.00, standard error 1.15" in verdicts[2]  # sqrt(1 + 1/3)
     # At minute 10 the slow variant stands 4/14 of the way from 35 to 40.
     assert "36.43 ± 1.00 against 53.00" in verdicts[8] and "after 10.0 minutes" in verdicts[8]
+    assert "17 of 20 runs are logged, so these verdicts are preliminary. Variants with several seeds: square-16-4, " \
+        "patch-raster, mae, patch-random, no-skip." in text
     rows = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert rows == {9}
     picture = Image.open(here / "evidence.png").convert("RGB")
@@ -242,8 +244,15 @@ def test_one_seed_each_decides_nothing(here, monkeypatch):
     log("mae", 50, minutes=(1, 2, 3))
     log("square-16-4", 50, minutes=(4, 8, 12))
     text = report(monkeypatch)
+    assert "4 of 20 runs" in text and "seeds: none." in text
     assert "not decided: one seed each (50.00 against 45.00, difference +5.00)" in text and "**" not in text
     assert "not comparable: one has its first probe after 4.0 minutes, the other its last after 3.0" in text
+
+
+def test_once_all_runs_are_logged_nothing_is_preliminary(here, monkeypatch):
+    for name in ev.VARIANTS:
+        log(name, *[50, 51, 52][:3 if name in ev.MORE_SEEDS else 1])
+    assert "preliminary" not in report(monkeypatch)
 
 
 def test_pooled_deviation_and_the_edge_of_a_verdict():
