@@ -300,7 +300,7 @@ def draw_loss_by_rank(model, images, ranks):  # images float [B,3,H,W], ranks [B
 
 def draw_curves(runs):  # {run: read_run(run)}
     """Loss, learning rate and probes (Section 5)
-    Loss: lines, of the training images; dots, of held-out ones."""
+    Loss: lines, of enlarged crops of training images; dots, of whole held-out ones, which are harder."""
     loss, lr, bars, wide = [], [], [], 0.8 / len(runs)
     names = sorted({name for _, probes, _ in runs.values() for name in probes})
     for i, (hue, (rows, probes, _)) in enumerate(zip(HUES * len(runs), runs.values())):
@@ -333,13 +333,15 @@ def read_run(folder):
         raise UserError(f"{folder} is not a whole run of randsac.py ({error}): name another directory") from error
 
 def gather(of):
-    """Adds what the command's flags name: model or None, config, images float [n,3,H,W], their ranks [n,N], runs."""
+    """Adds what flags and pictures ask for: model or None, config, images float [n,3,H,W] and their ranks [n,N]."""
     of.model, trained = RandSAC.load(of.checkpoint) if of.checkpoint else (None, Config())
     flags = {name: value for name, value in vars(of).items() if name in STRATEGY}
     check(not of.model or not {"image_size", "patch_size"} & flags.keys(),
           "--image-size and --patch-size are those of the checkpoint: leave them out")
     other = dict(hierarchy=None) if "segments" in flags else {}  # not the hierarchy of other segments
     of.config = config = Config(**{**dataclasses.asdict(trained), **other, **flags})
+    if {*of.names} <= {"hierarchy", "skips", "curves", "layers"}:
+        return  # they show no image, so none is downloaded
     size = config.image_size if of.model else config.grid * math.ceil(128 / config.grid)  # large if no model minds
     images = (torch.tensor(decode(of.image, size)).expand(5, -1, -1, -1) if of.image else load_images(config, False)[0]
               if of.model or "dataset" in flags else draw_shapes(8, size, seed=22)[0][7:])
@@ -375,9 +377,10 @@ def main(arguments):
     check(not of.runs or {"curves", "all"} & {*of.pictures},
           f"there is no picture {' '.join(of.runs[:1])}: choose from {', '.join(PICTURES)} or all")
     of.runs = [str(Path(of.checkpoint).parent)] + of.runs if of.checkpoint else of.runs
+    of.names = [*PICTURES] if everything else [name for name in of.pictures if name in PICTURES] or free
     gather(of)
     of.out.mkdir(parents=True, exist_ok=True)
-    for name in PICTURES if everything else [name for name in of.pictures if name in PICTURES] or free:
+    for name in of.names:
         try:
             check(of.model or name in free or name == "curves" and of.runs, "no --checkpoint: python randsac.py first")
             picture = PICTURES[name](of)
@@ -394,7 +397,7 @@ def main(arguments):
     if everything:
         page = '<!doctype html><title>RandSAC</title><body style="width:50em;margin:auto;font:1em sans-serif">' + page
         write_whole(of.out / "index.html", lambda file: file.write(page.encode()))
-    print("next:", f"open {of.out}/index.html" if everything else "python visualize.py all --checkpoint FILE")
+    print("next:", f"open {of.out}/index.html" if everything else f"python visualize.py all --checkpoint {of.checkpoint or 'FILE'}")
 
 if __name__ == "__main__":
     run_command(main)

@@ -281,6 +281,16 @@ def test_every_picture_of_a_model_can_be_drawn_by_name(run, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
 
 
+@pytest.mark.parametrize("name", ["hierarchy", "skips", "curves", "layers"])
+def test_pictures_without_an_image_need_none(run, tmp_path, name):
+    nowhere = "--data-dir", tmp_path / "nowhere"
+    draw(name, "--checkpoint", run / "checkpoint.pt", "--out", tmp_path, *nowhere)
+    with Image.open(tmp_path / f"{name}.png") as image:
+        assert margins_are_white(image)
+    with pytest.raises(UserError, match="nowhere"):
+        draw(name, "segments", "--checkpoint", run / "checkpoint.pt", "--out", tmp_path, *nowhere)
+
+
 def test_an_image_another_strategy_and_a_token_can_be_chosen(run, image_folder, tmp_path):
     picture = next((image_folder / "test").rglob("*.png"))
     flags = ["--image", picture, "--segments", "blob", "--hierarchy", 5, "--token", 3, "--out", tmp_path]
