@@ -397,7 +397,8 @@ def main(arguments):
     if everything:
         page = '<!doctype html><title>RandSAC</title><body style="width:50em;margin:auto;font:1em sans-serif">' + page
         write_whole(of.out / "index.html", lambda file: file.write(page.encode()))
-    print("next:", f"open {of.out}/index.html" if everything else f"python visualize.py all --checkpoint {of.checkpoint or 'FILE'}")
+    print("next:", f"open {of.out}/index.html" if everything else
+          f"python visualize.py all --checkpoint {of.checkpoint or 'FILE'}")
 
 if __name__ == "__main__":
     run_command(main)
