@@ -300,7 +300,7 @@ def draw_loss_by_rank(model, images, ranks):  # images float [B,3,H,W], ranks [B
 
 def draw_curves(runs):  # {run: read_run(run)}
     """Loss, learning rate and probes (Section 5)
-    Loss: lines, of enlarged crops of training images; dots, of whole held-out ones, which are harder."""
+    Loss: lines, of crops of training images; dots, of whole held-out ones, which may be harder or easier."""
     loss, lr, bars, wide = [], [], [], 0.8 / len(runs)
     names = sorted({name for _, probes, _ in runs.values() for name in probes})
     for i, (hue, (rows, probes, _)) in enumerate(zip(HUES * len(runs), runs.values())):

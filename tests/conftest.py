@@ -17,8 +17,9 @@ sys.path.insert(0, str(ROOT))
 import randsac  # noqa: E402
 
 os.environ["PYTHONPATH"] = str(ROOT)  # for the process that has imported torch and that others are forked from
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["randsac"])
+forks = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
+if os.name == "posix":  # Windows has none; there the tests of an exercise, which need none, still run
+    forks.set_forkserver_preload(["randsac"])
 
 MARKERS = {"long": "takes minutes; run with -m long", "bench": "measures speed; run with -m bench -s"}
 
