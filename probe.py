@@ -20,7 +20,7 @@ and the nano model take some minutes on two CPU cores.
 Each prints its number and writes probe-PROTOCOL.json beside the checkpoint, floors and transfer under names of their
 own. Accuracies are in percent of the test images, whose labels are used for nothing else.
 """
-import argparse, dataclasses, functools, hashlib, json, math, os, shlex, sys, time, zipfile
+import argparse, dataclasses, functools, hashlib, json, math, os, shlex, sys, time
 from pathlib import Path
 
 import torch
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from randsac import (RandSAC, augment, autocast, check, learning_rate, load_checkpoint, load_images, normalize,
-                     pick_device, restore, run_command, seeded, write_whole)
+from randsac import (RandSAC, augment, autocast, check, learning_rate, load_checkpoint, load_images, load_whole,
+                     normalize, pick_device, restore, run_command, seeded, write_whole)
 
 IMAGES, STEPS = ("dataset", "data_dir", "image_size"), ("epochs", "batch_size", "lr")  # flags
 TRAINED = {"linear-sgd": dict(epochs=90, batch_size=256, lr=0.1),
@@ -120,9 +120,7 @@ def kept_features(function, images, test_images, size, device, cache, key):
     key = json.dumps([*key, size] + [hashlib.sha256(part.numpy()).hexdigest() for part in (images, test_images)])
     if cache.exists():
         try:
-            with zipfile.ZipFile(cache) as archive:  # torch itself loads a flipped bit without a word
-                check(archive.testzip() is None, "wrong checksum")
-            kept = torch.load(cache, weights_only=True)
+            kept = load_whole(cache)
             if kept["key"] == key:
                 return kept["train"], kept["test"]
         except Exception as error:  # a damaged archive raises many kinds
@@ -227,7 +225,7 @@ def descend(forward, optimizer, prepare, images, labels, config, device):
     scores [B,C], on prepared batches. The schedule is pre-training's; a parameter group has its `share` of the rate."""
     config = dataclasses.replace(config, batch_size=min(config.batch_size, len(images)))
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        images = images.to(device)
+        images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // config.batch_size
     steps = config.epochs * per_epoch
     bar = progress(total=steps * config.batch_size, desc="training", unit="img")
@@ -235,8 +233,8 @@ def descend(forward, optimizer, prepare, images, labels, config, device):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
             order = torch.randperm(len(images), generator=seeded("cpu", config.seed, 21, epoch))
-            order = order.split(config.batch_size)
-        batch, classes = images[order[place].to(images.device)].to(device), labels[order[place]].to(device)
+            order = order.to(images.device).split(config.batch_size)
+        batch, classes = images[order[place]].to(device), labels[order[place]].to(device)
         x, target = prepare(batch, classes, config, seeded(device, config.seed, 22, step))
         with autocast(device):
             loss = F.cross_entropy(forward(x), target)
@@ -246,7 +244,7 @@ def descend(forward, optimizer, prepare, images, labels, config, device):
             group["lr"] = learning_rate(step, steps, config) * group["share"]
         optimizer.step()
         bar.update(config.batch_size)
-        if place + 1 == per_epoch:  # nowhere else does the host wait for the device
+        if place + 1 == per_epoch:  # no oftener, as the host waits for the device here
             bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{loss.item():.4f}", refresh=False)
             check(math.isfinite(loss.item()), f"the loss is {loss.item()} in epoch {epoch + 1}: lower --lr")
     bar.close()

@@ -15,7 +15,7 @@ they fill in the ranks, and the three attention masks of Figure 4 are three comp
     python randsac.py --dataset folder --data-dir DIR          # your own images
     torchrun --nproc-per-node 8 randsac.py --dataset cifar10   # several GPUs
 """
-import argparse, dataclasses, hashlib, json, math, os, signal, sys, time, zipfile
+import argparse, dataclasses, datetime, hashlib, json, math, os, signal, sys, time, zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -43,7 +43,7 @@ DATASETS = {  # what --dataset fills in: shapes for a laptop, the others for one
     "cifar100": dict(model="small", epochs=400, batch_size=512),
     "folder": dict(model="small", epochs=100, batch_size=256)}
 HIERARCHIES = {"patch": (), "square": (16, 4), "blob": (11, 5), "scatter": (9,), "mae": ()}  # Tables 5 and 7
-LOG_EVERY, HELD_OUT = 10, 2000  # steps between rows of metrics.jsonl; test images in held_out_loss
+LOG_EVERY, HELD_OUT = 10, 2000  # steps between rows of metrics.jsonl; test images in held_out_loss, about
 
 class UserError(ValueError):
     """Something the user can mend. Its one line says what is wrong and how; commands print it and exit with code 2."""
@@ -76,7 +76,7 @@ class Config:
     lr: float = flag(None, "peak learning rate for each 256 images of the batch", low=1e-9)
     skip: bool = flag(True, "trainable skip connections (Section 4.2)")
     target: str = flag(None, "(Section 5; default: normalized; pixels at --patch-size 1)", ("normalized", "pixels"))
-    crop_scale: float = flag(0.3, "smallest share of the image's area that a random crop keeps", low=0.01, high=1)
+    crop_scale: float = flag(0.3, "about the smallest share of the image that a random crop keeps", low=0.01, high=1)
     epochs: int = flag(None, "passes over the training images; the paper's low-data runs take 1600", low=1)
     max_steps: int = flag(0, "stop after this many steps; 0: after the last epoch")
     batch_size: int = flag(None, "images in a step, over all processes", low=1)
@@ -96,7 +96,7 @@ class Config:
         self._fill(DATASETS.get(self.dataset, {}))
         self._fill(dict(hierarchy=HIERARCHIES.get(self.segments)))
         self._fill(dict(target="pixels" if self.patch_size == 1 else "normalized"))
-        self.hierarchy = tuple(self.hierarchy) if isinstance(self.hierarchy, list) else self.hierarchy  # JSON has lists
+        self.hierarchy = tuple(self.hierarchy) if isinstance(self.hierarchy, list) else self.hierarchy  # from argparse
         for f in dataclasses.fields(self):
             value, (_, choices, low, high) = getattr(self, f.name), f.metadata.values()
             values, kind = (value, int) if f.type is tuple and type(value) is tuple else ((value,), f.type)
@@ -151,8 +151,9 @@ def run_command(main):
     """Runs a command's main(arguments). What the user or the machine can mend ends in one line and exit code 2."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        mend = ": choose a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        sys.exit(print(f"error: {error}{mend}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)
 
@@ -186,10 +187,13 @@ def load_images(config, train):
     if config.dataset == "folder":
         return load_folder(Path(config.data_dir), config.image_size, train)
     cifar = getattr(torchvision.datasets, config.dataset.upper())
+    archive = Path(config.data_dir, cifar.filename)
+    own = archive.exists()
     try:
         data = cifar(config.data_dir, train, download=True)
     except Exception as error:  # whatever the network did; torchvision trusts no archive whose checksum is wrong
-        Path(config.data_dir, cifar.filename).unlink(missing_ok=True)
+        if not own:
+            archive.unlink(missing_ok=True)
         raise UserError(f"cannot download {config.dataset} from {cifar.url} ({error}): put {cifar.filename} in "
                         f"{config.data_dir}/ yourself, or use --dataset shapes") from error
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
@@ -267,8 +271,10 @@ def list_images(root, train):
     check(root.is_dir(), f"{root} is not a folder: name one with --data-dir")
     splits = [root / "train", root] if train else [root / "test", root / "val"]  # root itself: images without classes
     split = next((s for s in splits if s.is_dir()), None)
-    names = sorted(d.name for d in root.glob("train/*/")) if split != root else []
-    extra = {d.name for d in split.glob("*/")} - set(names) if names and split else None
+    check(split != root or not (root / "test").is_dir() and not (root / "val").is_dir(),
+          f"{root} has test images but no train/: put the others there, as all images of {root} would be trained on")
+    names = sorted(d.name for d in root.glob("train/*") if d.is_dir()) if split != root else []
+    extra = {d.name for d in split.glob("*") if d.is_dir()} - set(names) if names and split else None
     check(not extra, f"{split} has classes that train/ has not, such as {extra and min(extra)}: rename or remove them")
     folders = [] if split is None else [(i, split / name) for i, name in enumerate(names)] or [(-1, split)]
     found = sorted((Path(place, name), label) for label, folder in folders for place, _, files in os.walk(folder)
@@ -364,7 +370,8 @@ def sample_levels(config, batch, device="cpu", generator=None):
     """-> levels [B,N] from fine to coarse, of every strategy but mae."""
     if config.segments in ("patch", "square"):  # a patch is a square of one token
         counts = config.hierarchy or (config.tokens,)
-        return [square_segments(config.grid, count).to(device).expand(batch, -1) for count in counts]
+        with torch.device(device):  # made there, as a copy would make the host wait
+            return [square_segments(config.grid, count).expand(batch, -1) for count in counts]
     centre = (torch.arange(config.grid, device=device) + 0.5) / config.grid
     points, levels = torch.cartesian_prod(centre, centre).flip(-1).expand(batch, -1, -1), []  # [B,N,2]: x and y
     for count in config.hierarchy:
@@ -424,7 +431,7 @@ def attention_masks(ranks):
 
 def positions(rows, cols, dim, device=None):
     """-> [rows*cols,dim]: fixed sine-cosine code of each token's row and column."""
-    frequency = 10_000 ** -torch.arange(0, 1, 4 / dim, device=device)  # [dim/4]
+    frequency = 10_000 ** -torch.arange(0, 1 - 2 / dim, 4 / dim, device=device)  # [dim/4], however 4 / dim is rounded
     place = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(cols, device=device))  # [rows*cols,2]
     angle = (place[..., None] * frequency).flatten(1)  # [rows*cols,dim/2]
     return torch.cat([angle.sin(), angle.cos()], 1)
@@ -569,12 +576,15 @@ class RandSAC(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs: a run is a directory with config.json, metrics.jsonl and checkpoint.pt
 
+def load_whole(path):
+    with zipfile.ZipFile(path) as archive:  # torch itself loads a flipped bit without a word
+        check(archive.testzip() is None, "wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+
 def load_checkpoint(path):
     """-> what was saved, its Config. UserError where the file is damaged, no checkpoint, or of another version."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself loads a flipped bit without a word
-            check(archive.testzip() is None, "wrong checksum")
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+        saved = load_whole(path)
         unknown = saved["config"].keys() - {f.name for f in dataclasses.fields(Config)}
         check("model" in saved and not unknown, f"another version wrote it, with {', '.join(sorted(unknown))}")
         return saved, Config(**saved["config"])
@@ -591,11 +601,12 @@ def read_flags(flags):
     """The flags given -> Config and, with --resume, what was saved; refuses what would make it another run."""
     if not flags.get("resume"):
         config = Config(**flags)
-        check(not config.out or not Path(config.out, "metrics.jsonl").exists(),
+        check(not config.out or not any(Path(config.out, name).exists() for name in ("metrics.jsonl", "checkpoint.pt")),
               f"{config.out} holds a run: go on with it by --resume, or choose another --out")
         return config, None
     check(flags.get("out"), "--resume needs the run's directory: --out DIR")
     saved, before = load_checkpoint(Path(flags["out"], "checkpoint.pt"))
+    check({"optimizer", "images"} <= saved.keys(), f"{flags['out']} holds only a model: --resume cannot go on with it")
     config = Config(**{**saved["config"], **flags})
     may_change = {"out", "resume", "data_dir", "device", "compile", "save_every"}
     changed = [f"--{name.replace('_', '-')} (was {value})" for name, value in dataclasses.asdict(before).items()
@@ -656,11 +667,11 @@ def training_step(model, optimizer, batch, config, step, steps, process=0):
     loss = batch_loss(model, augment(batch, config.image_size, config.crop_scale, generator), config, generator)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, config)
     optimizer.step()
-    return loss.detach()
+    return loss.detach() + 0 * norm  # not finite where the gradient, and so a weight, is not
 
 @torch.no_grad()
 def held_out_loss(model, images, config, device):
@@ -690,7 +701,9 @@ def set_up(config, saved, device, process, world):
     if world > 1 and process == 0:
         dist.barrier()
     check(len(images) >= config.batch_size, f"{len(images)} images do not fill a --batch-size of {config.batch_size}")
-    held_out = held_out[::max(1, len(held_out) // HELD_OUT)][:HELD_OUT]  # of every class
+    check(not saved or len(images) == saved["images"], f"{config.data_dir} has {len(images)} training images, but the "
+          f"run began with {saved and saved['images']}: put them back, or begin another run")
+    held_out = held_out[::len(held_out) // HELD_OUT | 1]  # of every class: odd, as the classes of shapes alternate
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
     torch.manual_seed(config.seed)
@@ -719,7 +732,7 @@ def train(config, saved, device, process=0, world=1):
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
 
     def save():
-        content = dict(config=dataclasses.asdict(config), step=step, model=model.state_dict(),
+        content = dict(config=dataclasses.asdict(config), step=step, images=len(images), model=model.state_dict(),
                        optimizer=optimizer.state_dict())
         write_whole(Path(config.out, "checkpoint.pt"), lambda file: torch.save(content, file))
 
@@ -736,7 +749,8 @@ def train(config, saved, device, process=0, world=1):
             if place == 0 or order is None:
                 order = torch.randperm(len(images), generator=seeded("cpu", config.seed, 0, epoch)).to(images.device)
             index = order[place * config.batch_size:(place + 1) * config.batch_size][process::world]
-            losses.append(training_step(wrapped, optimizer, images[index].to(device), config, step, steps, process))
+            loss = training_step(wrapped, optimizer, images[index].to(device), config, step, steps, process)
+            losses += [loss] * (process == 0)
             step += 1
             bar.update(config.batch_size)
             stop, epoch_ends = any_process(signals, step, device, world), place + 1 == per_epoch or step == steps
@@ -769,10 +783,13 @@ def main(arguments):
     check(config.batch_size % world == 0, f"--batch-size {config.batch_size} does not divide over {world} processes")
     device = pick_device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        check(local < count, f"there is no GPU {local}: start torchrun with --nproc-per-node {count}")
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask its gradients can be NaN (PyTorch's issue 196678)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     return train(config, saved, device, process, world)
 
 if __name__ == "__main__":

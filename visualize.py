@@ -5,8 +5,9 @@
     python visualize.py all --checkpoint runs/NAME/checkpoint.pt         # every picture, and index.html
     python visualize.py curves runs/A runs/B                             # runs side by side
 
-Ranks, masks and predictions come from the functions that training uses. A draw_... function returns a PIL image that a
-notebook can show (draw_order: the frames of a GIF). Its docstring is the picture's title and note."""
+With --checkpoint, a strategy flag's default is what the run had. Ranks, masks and predictions come from the functions
+that training uses. A draw_... function returns a PIL image that a notebook can show (draw_order: the frames of a GIF).
+Its docstring is the picture's title and note."""
 import dataclasses, functools, inspect, json, math
 from pathlib import Path
 
@@ -291,7 +292,7 @@ def draw_attention(model, images, ranks, token=None):  # images float [1,3,H,W],
 
 def draw_loss_by_rank(model, images, ranks):  # images float [B,3,H,W], ranks [B,N]
     """Context helps: loss by rank (Section 3)
-    {n} images never trained on. The higher the rank, the more of an image is given."""
+    Mean over {n} images. The higher the rank, the more of an image is given."""
     errors, zero = map(torch.cat, zip(*(predict(model, *part)[1:] for part in zip(images.split(64), ranks.split(64)))))
     losses, zero = [errors[ranks == k].mean().item() for k in range(1, ranks.max() + 1)], zero[ranks > 0].mean().item()
     series = [(range(1, len(losses) + 1), losses, BLUE, 0.8), ([0.4, len(losses) + 0.6], [zero, zero], RED, LINE)]
@@ -339,6 +340,7 @@ def gather(of):
     check(not of.model or not {"image_size", "patch_size"} & flags.keys(),
           "--image-size and --patch-size are those of the checkpoint: leave them out")
     other = dict(hierarchy=None) if "segments" in flags else {}  # not the hierarchy of other segments
+    other.update(dict(data_dir="data") if flags.get("dataset", trained.dataset) != trained.dataset else {})
     of.config = config = Config(**{**dataclasses.asdict(trained), **other, **flags})
     if {*of.names} <= {"hierarchy", "skips", "curves", "layers"}:
         return  # they show no image, so none is downloaded
@@ -346,7 +348,7 @@ def gather(of):
     images = (torch.tensor(decode(of.image, size)).expand(5, -1, -1, -1) if of.image else load_images(config, False)[0]
               if of.model or "dataset" in flags else draw_shapes(8, size, seed=22)[0][7:])
     check(len(images), f"{config.data_dir} has no test images to show: name one with --image FILE")
-    of.images = normalize(images[::len(images) // 512 or 1][:512], size)
+    of.images = normalize(images[::len(images) // 512 or 1], size)  # of every class
     of.ranks = sample_ranks(config, len(of.images), generator=seeded("cpu", config.seed))
 
 PICTURES = {  # in the order of index.html; the first four need no training

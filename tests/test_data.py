@@ -71,6 +71,23 @@ def test_flat_folder_has_no_labels_and_no_test_images(tmp_path):
     assert len(randsac.load_images(folder(tmp_path), train=False)[0]) == 0
 
 
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_test_images_are_never_among_images_without_classes(tmp_path, name):
+    save(tmp_path / "photos" / "1.png"), save(tmp_path / name / "2.png")
+    with pytest.raises(ValueError, match="no train/"):
+        randsac.load_images(folder(tmp_path), train=True)
+    (tmp_path / "photos").rename(tmp_path / "train")
+    assert len(randsac.load_images(folder(tmp_path), train=True)[0]) == 1
+
+
+def test_a_file_beside_the_classes_is_no_class(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "a" / "1.png")
+        (tmp_path / split / "notes.txt").write_text("no class")
+    assert randsac.load_images(folder(tmp_path), train=True)[2] == ["a"]
+    assert len(randsac.load_images(folder(tmp_path), train=False)[0]) == 1
+
+
 def test_val_serves_as_test_and_loose_class_is_refused(tmp_path):
     save(tmp_path / "train" / "a" / "1.png"), save(tmp_path / "train" / "b" / "1.png"), save(tmp_path / "val" / "b" / "2.png")
     assert randsac.load_images(folder(tmp_path), train=False)[1].tolist() == [1]
@@ -229,6 +246,19 @@ def test_archive_put_there_by_hand(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/none")
     config = randsac.Config(dataset="cifar10", data_dir=str(tmp_path / "data"))
     assert len(randsac.load_images(config, train=True)[0]) == 20
+
+
+def test_a_users_own_archive_is_kept_when_there_is_no_room_to_extract_it(cifar, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    own = cifar.rename(tmp_path / "data" / cifar.name)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(ValueError, match="No space left"):
+        randsac.load_images(randsac.Config(dataset="cifar10", data_dir=str(tmp_path / "data")), train=True)
+    assert own.exists()
 
 
 @pytest.mark.parametrize("fault", ["no server", "404", "cut short", "wrong checksum"])

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -148,6 +149,17 @@ def test_resume_refuses_what_would_change_the_run_by_name(tmp_path, image_folder
             run_here("--out", out, "--resume", *flag.split())
     with pytest.raises(ValueError, match="--resume"):
         run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--out", out)  # a run is never overwritten
+    (tmp_path / "model alone").mkdir()
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save({"config": saved["config"], "model": saved["model"]}, tmp_path / "model alone/checkpoint.pt")
+    with pytest.raises(ValueError, match="only a model"):
+        run_here("--resume", "--out", tmp_path / "model alone")
+    with pytest.raises(ValueError, match="holds a run"):
+        run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--out", tmp_path / "model alone")
+    shutil.copytree(image_folder / "train", tmp_path / "images/train")
+    next((tmp_path / "images/train").rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="71 training images, but the run began with 72"):
+        run_here("--resume", "--out", out, "--data-dir", tmp_path / "images")
     with pytest.raises(ValueError, match="--out"):
         run_here("--resume")
     with pytest.raises((ValueError, OSError), match="nowhere"):
@@ -163,6 +175,19 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, image_folder):
     (out / "metrics.jsonl").write_text(good + '{"step": 9, "loss": 1}\n{"step": 10, "lo')
     assert run_here("--out", out, "--resume") == 0
     assert (out / "metrics.jsonl").read_text() == good
+
+
+@pytest.mark.parametrize("n", [0, 7, 2000, 3999, 4000, 10_000])
+@pytest.mark.parametrize("sort", [False, True])  # as those of shapes (there are 4,000), as those of a folder
+def test_held_out_images_are_of_every_class(n, sort, monkeypatch):
+    labels = torch.arange(n) % 10
+    labels = labels.sort().values if sort or n == 10_000 else labels
+    images = labels.byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    monkeypatch.setattr(randsac, "load_images", lambda config, train: (images if not train else torch.zeros(
+        4, 3, 16, 16, dtype=torch.uint8), labels, []))
+    _, held_out, *_ = randsac.set_up(micro(batch_size=4), None, torch.device("cpu"), 0, 1)
+    assert held_out[:, 0, 0, 0].unique().tolist() == list(range(min(n, 10)))
+    assert min(n, randsac.HELD_OUT / 2) <= len(held_out) < 2 * randsac.HELD_OUT
 
 
 def test_too_few_images_for_a_batch(tmp_path, image_folder):
@@ -246,6 +271,24 @@ def test_a_step_reads_no_value_on_the_host(segments):
     with HostReads() as reads:
         batch.sum().item()
     assert reads.seen  # the test can fail
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_loss_of_its_step():
+    config = micro()
+    model = randsac.RandSAC(config)
+    optimizer, batch = randsac.make_optimizer(model, config), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    assert randsac.training_step(model, optimizer, batch, config, 0, 10).isfinite()
+    model.embed.bias.register_hook(lambda gradient: gradient / 0)
+    assert not randsac.training_step(model, optimizer, batch, config, 1, 10).isfinite()
+
+
+def test_out_of_memory_is_said_in_one_line(capsys):
+    def main(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(SystemExit) as ended:
+        randsac.run_command(main)
+    assert ended.value.code == 2 and "--batch-size" in capsys.readouterr().err
 
 
 class Recorder(torch.nn.Module):

@@ -241,6 +241,7 @@ def test_positions_are_fixed_and_tell_all_tokens_apart():
     code = randsac.positions(8, 8, 32)
     assert code.shape == (64, 32) and torch.equal(code, randsac.positions(8, 8, 32))
     assert torch.cdist(code, code).add(torch.eye(64) * 9).min() > 0.5
+    assert all(randsac.positions(1, 2, dim).shape == (2, dim) for dim in range(4, 2000, 4))
     assert torch.equal(randsac.positions(8, 3, 32).view(8, 3, 32), code.view(8, 8, 32)[:, :3])  # a place is a place in any grid
 
 

@@ -281,6 +281,13 @@ def test_every_picture_of_a_model_can_be_drawn_by_name(run, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
 
 
+def test_other_images_are_not_looked_for_in_the_folder_of_the_run(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(vz, "load_images", lambda config, train: asked.append(config) or randsac.draw_shapes(8, 8, 0))
+    draw("segments", "--checkpoint", run / "checkpoint.pt", "--dataset", "cifar10", "--out", tmp_path)
+    assert asked[0].dataset == "cifar10" and asked[0].data_dir == "data"
+
+
 @pytest.mark.parametrize("name", ["hierarchy", "skips", "curves", "layers"])
 def test_pictures_without_an_image_need_none(run, tmp_path, name):
     nowhere = "--data-dir", tmp_path / "nowhere"
