@@ -750,7 +750,7 @@ def train(config, saved, device, process=0, world=1):
                 order = torch.randperm(len(images), generator=seeded("cpu", config.seed, 0, epoch)).to(images.device)
             index = order[place * config.batch_size:(place + 1) * config.batch_size][process::world]
             loss = training_step(wrapped, optimizer, images[index].to(device), config, step, steps, process)
-            losses += [loss] * (process == 0)
+            losses += [loss] * (process == 0)  # the others never read it
             step += 1
             bar.update(config.batch_size)
             stop, epoch_ends = any_process(signals, step, device, world), place + 1 == per_epoch or step == steps
