@@ -61,6 +61,7 @@ def read_arguments(arguments):
     args = parser.parse_args(arguments)
     check(args.protocol in TRAINED or not given(args, STEPS), f"--protocol {args.protocol} is not trained in steps: "
           "leave out --epochs, --batch-size and --lr, or choose linear-sgd or finetune")
+    check(args.batch_size != 1, "--batch-size must be 2 or more: features are standardized over a batch")
     check(args.features == "encoder" or args.protocol in ("linear", "knn") and not args.random_init,
           "--features pixels has no encoder: use it with --protocol linear or knn, and without --random-init")
     return args
@@ -314,11 +315,11 @@ def show(result, path, args, floor):
 def main(arguments):
     started, args = time.perf_counter(), read_arguments(arguments)
     saved, trained = load_checkpoint(args.checkpoint)
+    sha256 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()  # at once: a training may replace it at any time
     check(os.access(args.checkpoint.parent, os.W_OK), f"the result cannot be written beside {args.checkpoint}: copy it "
           "to a folder of yours")
     config, device = probe_config(trained, args), pick_device(args.device)
     model, data = make_encoder(saved, trained, args).to(device), load_labelled(config)
-    sha256 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     floor, transfer = file_endings(args)
     cache = args.checkpoint.with_name(f"features{'-layers' * (args.protocol == 'layers')}{floor}{transfer}.pt")
     found = measure(model, data, config, args, device, cache, [sha256, args.random_init and ["random", args.seed]])

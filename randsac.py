@@ -152,7 +152,7 @@ def run_command(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        mend = ": choose a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        mend = ": choose a smaller --batch-size, or --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
         sys.exit(print(f"error: {error}{mend}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)

@@ -62,7 +62,9 @@ def frame(image, ids, fill=WHITE, width=2):
     return image
 
 def arrow(image, a, b, fill, edge):
-    """From near a to near b [2], bowed to pass by what lies between."""
+    """From near a to near b [2], bowed to pass by what lies between. None where two segments have one centre."""
+    if (a == b).all():
+        return
     t, pen = np.linspace(0, 1, 50)[:, None], ImageDraw.Draw(image)
     curve = a + t * (b - a) + t * (1 - t) * (b - a)[::-1] * (-0.5, 0.5)
     curve = curve[np.linalg.norm(curve - b, axis=1) > min(34, 0.3 * np.linalg.norm(b - a))]  # b is under a disc
@@ -104,14 +106,15 @@ def chart(h, x_label, series, names=None):
     """Lines, dots and bars. Series: (xs, ys, colour, style) each. Names {x: word} replace the numbers on the axis."""
     edges = [x + side * max(0, style) for xs, _, _, style in series for x in xs for side in (-0.75, 0.75)]
     x0, x1, ys = min(edges), max(*edges, min(edges) + 1), [y for _, ys, *_ in series for y in ys]
-    low, high, foot = 0 if any(style > 0 for *_, style in series) else min(ys), max(ys), h - (160 if names else 88)
+    bars = any(style > 0 for *_, style in series)
+    low, high, foot = 0 if bars else min(ys), max(ys), h - (160 if names else 88)
     room = 0.12 * (high - low) or abs(high) or 1
     y0, y1, unit, image = low - room * (low != 0), high + room, 1360 / (x1 - x0), heat(share(1), h)
     pen, place = ImageDraw.Draw(image), lambda x, y: (112 + unit * (x - x0), 8 + (foot - 8) * (y1 - y) / (y1 - y0))
     for y in ticks(y0, y1, h / 80):
         pen.line([place(x0, y), place(x1, y)], PALE, 2)
         write(image, 100, place(x0, y)[1], f"{y:g}", 24, DIM, "rm")
-    for x in names or ticks(x0, x1, 12):
+    for x in names or [x for x in ticks(x0, x1, 12) if not bars or x == round(x)]:
         write(image, place(x, y0)[0], foot + 12, names[x] if names else f"{x:g}", 24, DIM, "ma", "center")
     pen.line([place(x0, y1), place(x0, y0), place(x1, y0)], DIM, 2)
     write(image, share(1), h - 4, x_label, 24, DIM, "rd")
@@ -231,8 +234,8 @@ def predict(model, images, ranks):
 
 def draw_predictions(model, images, ranks):  # images float [B,3,H,W], ranks [B,N]
     """Predictions, segment by segment (Sections 4 and 5)
-    Outlined: predicted, from the true pixels shown. Grey: unknown. Normalized patches are shown with their true mean
-    and deviation, which the model does not predict (as in MAE's demo)."""
+    Outlined: predicted, from the true pixels shown. Grey: unknown; in the error: given. Normalized patches are shown
+    with their true mean and deviation, which the model does not predict (as in MAE's demo)."""
     rows, square, (predicted, errors, _) = [], functools.partial(heat, *[share(8)] * 2), predict(model, images, ranks)
     worst = errors.nan_to_num(0).max().item() or 1
     for photo, r, guess, error in zip(photos(images), map(as_grid, ranks), predicted, map(as_grid, errors)):
@@ -241,7 +244,8 @@ def draw_predictions(model, images, ranks):  # images float [B,3,H,W], ranks [B,
         for k in sorted({round(k) for k in np.linspace(1, last, min(last, 4))}):
             row[f"rank {k} of {last}"] = frame(square(reveal(guess, r == k, reveal(photo, r < k))), r == k, RED, 4)
         row["all predicted"] = square(reveal(guess, r > 0, given))
-        row[f"error {error.nanmean():.2f}"] = square(blend(error.nan_to_num(0) / worst))
+        cells = reveal(blend(error.nan_to_num(0) / worst), r > 0)
+        row[f"error {error.nanmean():.2f}"] = square(cells)
         rows.append(row.items())
     return sheet(draw_predictions, *rows, [swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600, *RAMP)])
 
@@ -272,13 +276,15 @@ def attention_weights(model, run):
 def draw_attention(model, images, ranks, token=None):  # images float [1,3,H,W], ranks [1,N]
     """Where a token looks (Section 4.1)
     The outlined token (rank {rank}): a row for each encoder layer, the first on top, a column for each head. Left: in
-    pre-training, the source mask hides later segments (grey). Right: in probing. Every map has its own scale."""
+    pre-training, which hides later segments (grey) and leaves out the last. Right: in probing. A scale for each map."""
     grid, N = as_grid(torch.arange(ranks.shape[1])), ranks.shape[1]
-    token = grid[len(grid) // 2, len(grid) // 2] if token is None else token
+    far = (torch.cartesian_prod(*[torch.arange(len(grid))] * 2) - len(grid) // 2).abs().sum(1)  # from the middle
+    token = far.where(ranks[0] < ranks.max(), N).argmin().item() if token is None else token
     check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
     masked = attention_weights(model, lambda: model.predict(images, ranks))[:, :, token]  # [L,heads,N]
     free = attention_weights(model, lambda: model.encode(images))[:, :, token]
     hidden, (L, H, _) = ~attention_masks(ranks)[0][0, token].numpy(), masked.shape
+    check(H <= 32, f"{H} heads do not fit on a page of {WIDTH} pixels")
     side, rows = share(2 * H), [[("", heat(240, 240, photos(images)[0])), ("", token_map(ranks[0], 240))]]
     for l in range(L):
         rows.append([])
@@ -292,7 +298,7 @@ def draw_attention(model, images, ranks, token=None):  # images float [1,3,H,W],
 
 def draw_loss_by_rank(model, images, ranks):  # images float [B,3,H,W], ranks [B,N]
     """Context helps: loss by rank (Section 3)
-    Mean over {n} images. The higher the rank, the more of an image is given."""
+    Mean over {n} orders of prediction. The higher the rank, the more of an image is given."""
     errors, zero = map(torch.cat, zip(*(predict(model, *part)[1:] for part in zip(images.split(64), ranks.split(64)))))
     losses, zero = [errors[ranks == k].mean().item() for k in range(1, ranks.max() + 1)], zero[ranks > 0].mean().item()
     series = [(range(1, len(losses) + 1), losses, BLUE, 0.8), ([0.4, len(losses) + 0.6], [zero, zero], RED, LINE)]
@@ -371,7 +377,7 @@ def main(arguments):
     add("pictures", nargs="*", default=[], metavar="PICTURE", help=", ".join(PICTURES) + ", all; with curves also runs")
     add("--checkpoint", metavar="FILE", help="checkpoint.pt of a run")
     add("--image", metavar="FILE", help="the image to draw (default: held-out ones, or without a model a drawn one)")
-    add("--token", type=int, metavar="I", help="whose attention to draw, row by row from 0 (default: the middle)")
+    add("--token", type=int, metavar="I", help="whose attention to draw, row by row from 0 (default: near the middle)")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder for the pictures (default: figures)")
     of = parser.parse_intermixed_args(arguments)
     of.runs = [name for name in of.pictures if name not in (*PICTURES, "all")]

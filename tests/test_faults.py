@@ -153,6 +153,7 @@ def test_a_signal_stops_between_steps_saves_and_says_how_to_resume(flags, tmp_pa
     out, log = tmp_path / "run", tmp_path / "log"
     process = start([*flags, "--out", out], log)
     while not (log.exists() and "0/640" in log.read_text()):
+        assert process.is_alive(), log.read_text()
         time.sleep(0.005)
     time.sleep(0.02)
     os.kill(process.pid, number)

@@ -37,7 +37,7 @@ def checkpoint(trained, tmp_path):
 def probed(checkpoint, *arguments):
     """Runs a probe in this process -> what it wrote, as {file name: content}, for files it wrote or changed."""
     before = {path: path.stat().st_mtime_ns for path in checkpoint.parent.glob("probe-*.json")}
-    probe.main([str(argument) for argument in (checkpoint, *arguments)])
+    probe.main([str(argument) for argument in (checkpoint, "--device", "cpu", *arguments)])
     return {path.name: json.loads(path.read_text()) for path in checkpoint.parent.glob("probe-*.json")
             if before.get(path) != path.stat().st_mtime_ns}
 
@@ -150,6 +150,13 @@ def test_the_strength_of_l2_is_the_best_on_held_out_training_images():
         assert list(tried) == probe.L2_GRID and right(chosen["l2"]), chosen
         assert tried[chosen["l2"]] == max(tried.values())
         assert all(top1 < tried[chosen["l2"]] for l2, top1 in tried.items() if l2 > chosen["l2"])
+
+
+def test_the_held_out_images_of_that_choice_are_not_among_those_fitted():
+    generator = torch.Generator().manual_seed(0)
+    features, y = torch.randn(200, 400, generator=generator), torch.randint(0, 2, (200,), generator=generator)
+    held_out = probe.linear(features, y, features, 2, seed=0)[1]["held_out_top1"]  # what is fitted is learned by heart
+    assert max(held_out.values()) < 85, held_out
 
 
 def test_test_images_do_not_change_each_others_scores():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -235,9 +236,26 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         assert torch.allclose(p.grad, gradient, atol=1e-10)
 
 
+def one_is_told_to_stop(process, world, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=process, world_size=world)
+    signals = [15] * (process == 1)
+    stops = [step for step in range(1, 21) if randsac.any_process(signals, step, torch.device("cpu"), world)]
+    torch.save(stops, f"{file}.{process}")
+    dist.destroy_process_group()
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+    both = [forks.Process(target=one_is_told_to_stop, args=(i, 2, str(tmp_path / "meet"))) for i in range(2)]
+    [process.start() for process in both], [process.join(100) for process in both]
+    assert [torch.load(tmp_path / f"meet.{i}") for i in range(2)] == [[10, 20]] * 2
+
+
 def test_torchrun_trains_one_run(tmp_path, image_folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr",
-                             "127.0.0.1", "--master-port", "29641", str(ROOT / "randsac.py"), *MICRO_FLAGS,
+                             "127.0.0.1", "--master-port", port, str(ROOT / "randsac.py"), *MICRO_FLAGS,
                              "--data-dir", str(image_folder), "--out", "run", "--epochs", "2"], cwd=tmp_path,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -125,8 +125,10 @@ def test_frames_reveal_segment_by_segment_and_end_with_the_whole_photo(segments,
 
 def test_many_steps_are_thinned_out_but_the_first_and_the_last_are_drawn():
     ranks = torch.arange(256)
-    frames = vz.draw_order(np.zeros((16, 16, 3), np.uint8), ranks, most=5)
+    frames, side = vz.draw_order(np.zeros((16, 16, 3), np.uint8), ranks, most=5), vz.share(2) // 2
     assert len(frames) == 5
+    black = [(np.asarray(frame.convert("L"))[-side - 14:-14, 20:20 + side] < 20).mean() for frame in frames]
+    assert black[0] < 0.02 and black[-1] > 0.97 and black == sorted(black)
 
 
 def test_hierarchical_orders_finish_a_partition_and_flat_ones_do_not():
@@ -153,6 +155,24 @@ def test_a_perfect_prediction_is_shown_as_the_image_and_has_no_error(target):
     assert (photos == vz.photos(images)).all()
     assert (errors.isnan() == (ranks == 0)).all() and errors.nan_to_num(0).max() < 1e-9
     assert torch.allclose(zero, truth.square().mean(-1))
+
+
+@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
+def test_a_step_shows_predictions_among_true_pixels_of_lower_ranks_only(segments, hierarchy):
+    config = micro(segments=segments, hierarchy=hierarchy, image_size=32, target="pixels")
+    model, images, ranks = RandSAC(config), torch.rand(1, 3, 32, 32) * 2 - 1, sample_ranks(config, 1)
+    model.predict = lambda images, ranks: torch.full((1, 64, 48), -1.0)  # predicts black everywhere
+    page, side, last = vz.draw_predictions(model, images, ranks), vz.share(8), ranks.max().item()
+    r, photo, grey = vz.as_grid(ranks[0]).numpy(), vz.photos(images)[0], np.full((32, 32, 3), 200)
+
+    def pieces(*layers):  # (tokens, what they show), the first on top
+        return np.select([np.kron(keep, np.ones((4, 4)))[..., None] > 0 for keep, _ in layers], [x for _, x in layers])
+
+    k = max(1, round(last / 2)) if last < 4 else round(np.linspace(1, last, 4)[1])
+    for shown in (pieces((r == 0, photo), (r > 0, grey)), pieces((r == 0, photo), (r > 0, photo * 0))):
+        assert find(page, vz.heat(side, side, shown.astype(np.uint8)))
+    step = vz.heat(side, side, pieces((r < k, photo), (r == k, photo * 0), (r > k, grey)).astype(np.uint8))
+    assert find(page, vz.frame(step, r == k, vz.RED, 4))
 
 
 def test_errors_are_those_of_the_loss(monkeypatch):
@@ -193,6 +213,21 @@ def test_attention_maps_hide_later_segments_on_the_masked_side_only():
     assert hidden[:, :800].sum() > 10_000 and hidden[:, 800:].sum() < 100  # the edges of letters have all greys
     with pytest.raises(UserError, match="--token 16"):
         vz.draw_attention(model, images, ranks, token=16)
+    with pytest.raises(UserError, match="36 heads"):
+        vz.draw_attention(random_model(micro(dim=36, heads=36)).float(), images, ranks)
+
+
+def test_the_token_whose_attention_is_drawn_is_not_of_the_last_segment_which_is_left_out(monkeypatch):
+    framed, frame = [], vz.frame
+    monkeypatch.setattr(vz, "frame", lambda image, ids, *rest: framed.append(np.asarray(ids)) or frame(image, ids, *rest))
+    ranks = torch.ones(1, 16, dtype=torch.long)
+    ranks[0, 13] = 0
+    vz.draw_attention(random_model(micro()).float(), torch.zeros(1, 3, 16, 16), ranks)
+    assert framed[-1].sum() == 1 and framed[-1].flatten()[13]
+
+
+def test_two_segments_of_one_centre_have_no_arrow_between_them():
+    vz.traversal(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 1, 0]), 740)
 
 
 def test_skips_are_white_where_nothing_changed_and_coloured_by_sign():
