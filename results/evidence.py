@@ -45,14 +45,14 @@ JOBS = [(name, 0) for name in VARIANTS] + [(name, seed) for seed in (1, 2) for n
 JOBS.insert(1, ("floors", None))  # they need a checkpoint, any one
 FLOORS = {"random-init": "--random-init", "pixels": "--features pixels"}  # ending of its files -> flags of probe.py
 CLAIMS = [  # with what the paper prints, LIN on CIFAR-10
-    ("random >> raster", "patch-random", "patch-raster", "Table 2: 75.53 against 55.53"),
-    ("segments > patches", "square-16", "patch-random", "Table 3: 81.38 against 75.53"),
-    ("segments > patches", "square-4", "patch-random", "Table 3: 79.38 against 75.53"),
-    ("coherent > incoherent", "blob-7", "scatter-9", "Table 5, 7 segments against 9, as here: 82.52 against 78.59"),
-    ("hierarchical > flat", "square-16-4", "square-16", "Table 6: 82.46 against 81.38"),
-    ("hierarchical > flat", "blob-11-5", "blob-7", "Table 6, 7→3 against 7: 82.71 against 82.52"),
-    ("skip connections > none", "square-16-4", "no-skip", "only in its supplement"),
-    ("RandSAC > MAE, equal passes", "square-16-4", "mae", "Table 7: 92.1 against 87.3")]
+    ("random >> raster", "patch-random", "patch-raster", "75.53 against 55.53 in the paper's Table 2"),
+    ("segments > patches", "square-16", "patch-random", "81.38 against 75.53 in Table 3"),
+    ("segments > patches", "square-4", "patch-random", "79.38 against 75.53 in Table 3"),
+    ("coherent > incoherent", "blob-7", "scatter-9", "7 segments and 9, as are 82.52 against 78.59 in Table 5"),
+    ("hierarchical > flat", "square-16-4", "square-16", "82.46 against 81.38 in Table 6"),
+    ("hierarchical > flat", "blob-11-5", "blob-7", "7→3 and 7 have 82.71 against 82.52 in Table 6"),
+    ("skip connections > none", "square-16-4", "no-skip", "the paper's figures are in its supplement"),
+    ("RandSAC > MAE, equal passes", "square-16-4", "mae", "92.1 against 87.3 in Table 7")]
 
 # ---------------------------------------------------------------------------------------------------------------- run
 def call(script, *arguments, watch=lambda: None):
@@ -291,7 +291,7 @@ def describe(runs, settings, floors):
     pooled = pooled_deviation([at(found, last) for found in runs.values()])
     for claim, a, b, paper in CLAIMS:
         found = verdict(*(at(runs.get(name, []), last) for name in (a, b)), pooled)
-        yield f"- {claim}, {a} against {b} (in the paper, {paper}): {found}"
+        yield f"- {claim}, {a} against {b} ({paper}): {found}"
     yield ("- RandSAC > MAE, equal minutes, square-16-4 against mae: "
            + equal_minutes(*(runs.get(name, []) for name in ("square-16-4", "mae")), pooled))
     done, total = sum(map(len, runs.values())), sum(name in VARIANTS for name, _ in JOBS)
