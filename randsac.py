@@ -577,6 +577,7 @@ class RandSAC(nn.Module):
 # Runs: a run is a directory with config.json, metrics.jsonl and checkpoint.pt
 
 def load_whole(path):
+    """-> what torch.save wrote there. Raises many kinds of errors where the file is damaged or no such file."""
     with zipfile.ZipFile(path) as archive:  # torch itself loads a flipped bit without a word
         check(archive.testzip() is None, "wrong checksum")
     return torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold

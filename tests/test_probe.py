@@ -502,7 +502,8 @@ def test_images_that_cannot_be_probed_with_are_refused(
     ("--protocol finetune --features pixels", "no encoder"), ("--features pixels --random-init", "no encoder"),
     ("--dataset mnist", "mnist"), ("--image-size 9", "--patch-size"), ("--image-size 0", "--image-size"),
     ("--protocol finetune --epochs 0", "--epochs"), ("--protocol linear-sgd --lr -1", "--lr"), ("--seed -1", "--seed"),
-    ("--device tpu", "--device"), ("--protocol linear-sgd --batch-size 0", "--batch-size")])
+    ("--device tpu", "--device"), ("--protocol linear-sgd --batch-size 0", "--batch-size"),
+    ("--protocol finetune --batch-size 1", "2 or more")])
 def test_flags_that_cannot_be_are_refused(checkpoint, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, checkpoint, *flags.split())
     assert not list(checkpoint.parent.glob("probe-*"))

@@ -226,6 +226,13 @@ def test_the_token_whose_attention_is_drawn_is_not_of_the_last_segment_which_is_
     assert framed[-1].sum() == 1 and framed[-1].flatten()[13]
 
 
+def test_bars_have_whole_numbers_under_them(monkeypatch):
+    written = []
+    monkeypatch.setattr(vz, "write", lambda image, x, y, words, *rest, **more: written.append(words))
+    vz.chart(640, "layer", [(range(1, 6), [1.0] * 5, vz.BLUE, 0.8)])
+    assert {*"12345"} <= {*written} and not {"1.5", "2.5", "3.5", "4.5"} & {*written}
+
+
 def test_two_segments_of_one_centre_have_no_arrow_between_them():
     vz.traversal(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 1, 0]), 740)
 
