@@ -524,6 +524,9 @@ DATASETS = {
 # What --segments fills in: the hierarchies of Tables 5 and 7.
 HIERARCHIES = {"patch": (), "square": (16, 4), "blob": (11, 5), "scatter": (9,), "mae": ()}
 
+AT_LEAST_ONE = {"image_size", "patch_size", "dim", "depth", "heads", "decoder_depth"}
+AT_LEAST_ONE |= {"epochs", "batch_size"}
+
 
 def flag(default, help, choices=()):
     return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
@@ -543,9 +546,7 @@ class Config:
     image_size: int = flag(32, "side of an image in pixels")
     patch_size: int = flag(4, "side P of a patch (token) in pixels; 1: iGPT's pixel tokens")
     segments: str = flag("square", "how tokens form segments (Section 3.2)", HIERARCHIES)
-    hierarchy: tuple = flag(
-        None, "number of segments, of partitions, ... (Section 3.3), as in 16 4"
-    )
+    hierarchy: tuple = flag(None, "how many segments, partitions, ... (Section 3.3), as 16 4")
     order: str = flag("random", "new each time, or row by row", ("random", "raster"))
     last_rank: int = flag(0, "predict all later segments with this one; 0: none (the paper)")
     model: str = flag(None, "size of the model: fills in the flags from dim to lr", MODELS)
@@ -571,15 +572,11 @@ class Config:
     save_every: int = flag(0, "save every so many steps, besides every epoch")
 
     def __post_init__(self):
-        self.fill_in()
-        self.check_each()
-        self.check_together()
-
-    def fill_in(self):
+        # Fill in what was left out.
         dataset = DATASETS.get(self.dataset, {})
         if self.model is None:
             self.model = dataset.get("model")
-        defaults = {**dataset, **MODELS.get(self.model, {})}
+        defaults = dataset | MODELS.get(self.model, {})
         defaults["hierarchy"] = HIERARCHIES.get(self.segments)
         # A token of one pixel, less its own mean, would be nothing.
         defaults["target"] = "pixels" if self.patch_size == 1 else "normalized"
@@ -589,7 +586,7 @@ class Config:
         if isinstance(self.hierarchy, list):  # from the command line
             self.hierarchy = tuple(self.hierarchy)
 
-    def check_each(self):
+        # Check each setting alone.
         for field in dataclasses.fields(self):
             name = flag_name(field.name)
             value = getattr(self, field.name)
@@ -597,56 +594,50 @@ class Config:
             kinds = (int, float) if field.type is float else (field.type,)
             check(type(value) in kinds, f"{name} is {value!r} but must be {field.type.__name__}")
             check(not choices or value in choices, f"{name} {value} is not one of {choices}")
-            if float in kinds or int in kinds:
-                check(0 <= value <= 1e9, f"{name} is {value} but must be from 0 to 1e9")
-        for name in ("image_size", "patch_size", "dim", "depth", "heads", "decoder_depth"):
-            check(getattr(self, name) >= 1, f"{flag_name(name)} must be 1 or more")
-        check(self.epochs >= 1 and self.batch_size >= 1, "--epochs, --batch-size must be 1 or more")
+            if int in kinds:
+                low = 1 if field.name in AT_LEAST_ONE else 0
+                check(low <= value <= 1e9, f"{name} is {value} but must be from {low} to 1e9")
+        for name in ("data_dir", "out", "init"):  # ~ is left to us in --out=~/run
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
         check(self.lr > 0, "--lr must be above 0")
         check(0 < self.crop_scale <= 1, "--crop-scale must be above 0, at most 1")
         check(self.warmup < 1, "--warmup must be below 1")
 
-    def check_together(self):
-        S, P, N, counts = self.image_size, self.patch_size, self.tokens, self.hierarchy
-        check(
-            self.dataset != "shapes" or not self.data_dir, "--data-dir: shapes are drawn, not read"
-        )
+        # Check what must fit together.
+        N = self.tokens
+        S, P = self.image_size, self.patch_size
+        drawn = self.dataset == "shapes"
+        check(not (drawn and self.data_dir), "--data-dir: shapes are drawn, not read; leave it out")
         check(
             S % P == 0, f"--patch-size {P} does not divide --image-size {S}: choose one that does"
         )
         check(N > 1, "one patch is the whole image: choose a smaller --patch-size")
         check(self.dim % 4 == 0, f"--dim {self.dim} must be a multiple of 4, for the positions")
         check(self.dim % self.heads == 0, f"--heads {self.heads} does not divide --dim {self.dim}")
-        check(
-            self.segments != "mae" or self.order == "random", "--order: mae has a random one only"
-        )
+        self.check_order()
 
+    def check_order(self):
+        counts = self.hierarchy
+        segments = counts[0] if counts else self.tokens
+        if self.segments == "mae":
+            segments = 2
+            check(self.order == "random", "--order: mae has only a random one; leave it out")
         if HIERARCHIES[self.segments]:
-            check(counts, "--hierarchy takes at least one count, such as 16 4")
-            whole = all(type(count) is int and count >= 2 for count in counts)
-            check(whole, f"--hierarchy {counts} must be whole numbers (int) from 2")
-            sizes = (N + 1, *counts)  # of the levels, each to be smaller than the one before
-            descends = all(a > b for a, b in itertools.pairwise(sizes))
-            check(
-                descends, f"--hierarchy {counts} must descend from at most {N} tokens, as 16 4 does"
-            )
+            whole = counts and all(type(count) is int and count > 1 for count in counts)
+            check(whole, f"--hierarchy {counts} must be whole numbers from 2, such as 16 4")
+            falls = all(a > b for a, b in itertools.pairwise([self.tokens + 1, *counts]))
+            check(falls, f"--hierarchy {counts} must descend from at most {self.tokens} tokens")
         else:
             check(not counts, f"--segments {self.segments} takes no --hierarchy: leave it out")
         if self.segments == "square":
             roots = [math.isqrt(count) for count in counts]
             nested = all(a % b == 0 for a, b in itertools.pairwise([self.grid, *roots]))
             squares = [root**2 for root in range(2, self.grid + 1) if self.grid % root == 0]
-            check(
-                nested and counts == tuple(root**2 for root in roots),
-                f"--hierarchy {counts} does not cut {self.grid} x {self.grid} tokens in squares within "
-                f"squares: choose of {squares}, each root dividing the one before",
-            )
-
-        segments = {"patch": N, "mae": 2}.get(self.segments) or counts[0]
-        acts = self.last_rank < segments - 1
-        check(
-            acts or not self.last_rank, f"--last-rank: {segments} segments end with {segments - 1}"
-        )
+            fits = nested and [root**2 for root in roots] == list(counts)
+            words = f"choose of {squares} what cuts the tokens in squares within squares"
+            check(fits, f"--hierarchy {counts} does not fit {self.grid} x {self.grid}: {words}")
+        acts = self.last_rank < max(segments - 1, 1)
+        check(acts, f"--last-rank {self.last_rank} changes nothing in {segments} segments")
 
     @property
     def grid(self):
@@ -669,21 +660,19 @@ def load_images(config, train):
     if config.dataset == "shapes":
         count = 20_000 if train else 4_000
         return draw_shapes(count, config.image_size, seed=int(train))
-    root = user_path(config.data_dir)
     if config.dataset == "folder":
-        return load_folder(root, config.image_size, train)
+        return load_folder(Path(config.data_dir), config.image_size, train)
 
     cifar = getattr(torchvision.datasets, config.dataset.upper())
-    archive = root / cifar.filename
-    own = archive.exists()
+    archive = Path(config.data_dir, cifar.filename)
+    own_archive = archive.exists()
     try:
-        data = cifar(root, train, download=True)
+        data = cifar(config.data_dir, train, download=True)
     except Exception as error:  # whatever the network did; torchvision checks the archive's sum
-        if not own:
+        if not own_archive:
             archive.unlink(missing_ok=True)
-        message = f"cannot download {config.dataset} from {cifar.url} ({error}): "
-        message += f"put {cifar.filename} in {root}/ yourself, or use --dataset shapes"
-        raise UserError(message) from error
+        mend = f"put {cifar.filename} in {config.data_dir}/ yourself, or use --dataset shapes"
+        raise UserError(f"{cifar.url} cannot be had ({error}): {mend}") from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # [n,3,32,32]
     return images, torch.tensor(data.targets), data.classes
 
@@ -769,26 +758,26 @@ def list_folder(root):
     check(root.is_dir(), f"{root} is not a folder: name one by --data-dir; {wanted}")
 
     def folders(place):
+        loose = [f.name for f in place.iterdir() if f.is_file() and is_image(f.name)]
+        check(not loose, f"{place} has images that are in no class, such as {loose[:1]}; {wanted}")
         return sorted(f.name for f in place.iterdir() if f.is_dir() and is_visible(f.name))
 
     splits = folders(root)
     known = splits in (["train"], ["test", "train"], ["train", "val"])
     check(known, f"{root} has the folders {splits[:9]}; {wanted}")
     classes = folders(root / "train")
-    for place in (root, *[root / split for split in splits]):
-        loose = [f.name for f in place.iterdir() if f.is_file() and is_image(f.name)]
-        check(not loose, f"{place} has images that are in no class, such as {loose[:1]}; {wanted}")
-
-    training, held_out, left_out = [], [], []
+    training = []
+    held_out = []
+    left_out = []
     for split in splits:
         unknown = set(folders(root / split)) - set(classes)
         check(not unknown, f"{root / split} has classes that train/ has not: {sorted(unknown)[:9]}")
-        images = training if split == "train" else held_out
         for label, name in enumerate(classes):
             # Links to folders are not followed, as they may lead in circles.
             for place, inner, files in os.walk(root / split / name):
                 inner[:] = filter(is_visible, inner)
-                images += [(Path(place, file), label) for file in files if is_image(file)]
+                found = training if split == "train" else held_out
+                found += [(Path(place, file), label) for file in files if is_image(file)]
                 left_out += [file for file in files if not is_image(file)]
     check(training, f"no images in {root / 'train'}; {wanted}")
     return classes, sorted(training), sorted(held_out), left_out
@@ -818,23 +807,16 @@ def load_folder(root, size, train):
     place.mkdir(parents=True, exist_ok=True)
     kind = f"{root.resolve().name}-{'train' if train else 'test'}-{size}"
     cache = place / f"{kind}-{key}.npy"
-    if not is_whole(cache, shape):
-        with open(place / "lock", "w") as lock:
-            own(lock, f"another process decodes {root}: wait for it, then start this one again")
-            write_whole(cache, lambda file: decode_all(files, size, file))
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        images = np.load(cache, mmap_mode="c")
+        if images.shape == shape:
+            return torch.from_numpy(images), labels, classes
+    with open(place / "lock", "w") as lock:
+        own(lock, f"another process decodes {root}: wait for it, then start this one again")
+        write_whole(cache, lambda file: decode_all(files, size, file))
         for old in set(place.glob(f"{kind}-*.npy")) - {cache}:
             old.unlink()
     return torch.from_numpy(np.load(cache, mmap_mode="c")), labels, classes
-
-
-def is_whole(cache, shape):
-    if not cache.exists():
-        return False
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        if np.load(cache, mmap_mode="r").shape == shape:
-            return True
-    print(f"{cache} is damaged: decoding again")
-    return False
 
 
 def decode_all(paths, size, file):
@@ -931,15 +913,12 @@ def seeded(device, *numbers):
 
 
 def pick_device(name):
-    """auto: CUDA, else Apple's mps, else the CPU -> torch.device. UserError where it is not there."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
+    """auto: CUDA, else Apple's mps, else the CPU -> torch.device. UserError where it is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    usable = [kind for kind in there if there[kind]] + ["cpu"]
     if name == "auto":
-        name = there[0]
-    check(name in there, f"--device {name} cannot be used here: give --device {' or '.join(there)}")
+        name = usable[0]
+    check(name in usable, f"--device {name} cannot be used here: choose {' or '.join(usable)}")
     return torch.device(name)
 
 
@@ -972,18 +951,16 @@ def learning_rate(step, steps, config):
 
 def make_optimizer(model, config):
     """AdamW, with weight decay on matrices only, and not on the skips' W."""
-    decayed = []
-    free = []
+    decayed = {"params": [], "weight_decay": config.weight_decay}
+    free = {"params": [], "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         group = decayed if parameter.ndim == 2 and name != "skip" else free
-        group.append(parameter)
-    free = {"params": free, "weight_decay": 0.0}
-    decayed = {"params": decayed, "weight_decay": config.weight_decay}
+        group["params"].append(parameter)
     return torch.optim.AdamW([decayed, free], betas=(0.9, 0.95), fused=True)
 
 
 def batch_loss(model, images, config, generator=None):
-    """Loss of normalized images [B,3,S,S] in freshly drawn orders, on the cheaper path if it can."""
+    """Loss of normalized images [B,3,S,S] in freshly drawn orders, on the cheaper path if any."""
     ranks = sample_ranks(config, len(images), images.device, generator)
     with autocast(images.device, config.precision):
         return model(images, ranks, trim=segment_sizes(config) is not None)
@@ -1024,15 +1001,15 @@ def held_out_loss(model, images, config, device):
 
 
 def write_whole(path, write):
-    """Calls write(file) on a file beside `path`, which then takes its place: all of it or nothing."""
+    """Calls write(file) on a file beside `path`, which then takes its place: all or nothing."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
             write(file)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        message = f"cannot write {path}, which is as before ({error}): make room or go elsewhere"
-        raise UserError(message) from error
+        words = f"cannot write {path}, which is as before ({error}): make room or go elsewhere"
+        raise UserError(words) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -1048,7 +1025,7 @@ def own(file, message):
 
 def load_checkpoint(path):
     """-> what was saved, with the file's sha256, and its Config. UserError where the file is
-    damaged, no checkpoint, or of another version."""
+    damaged, no checkpoint, of another version, or does not fit its own configuration."""
     try:
         content = Path(path).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -1057,27 +1034,19 @@ def load_checkpoint(path):
         # weights_only: no code that a file may hold is run.
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         saved["sha256"] = hashlib.sha256(content).hexdigest()
-        check(isinstance(saved["model"], dict), "it has no model")
-        return saved, Config(**saved["config"])
+        config = Config(**saved["config"])
+        RandSAC(config).load_state_dict(saved["model"])
     except Exception as error:  # a damaged archive raises many kinds
         words = " ".join(str(error).split())[:300]
         raise UserError(f"{path} is not a whole checkpoint of this version: {words}") from error
-
-
-def restore(model, state, path):
-    """Puts the weights of a checkpoint into a model. UserError where they do not fit."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        words = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit the model of its configuration: {words}") from error
+    return saved, config
 
 
 def load_model(path):
     """Checkpoint -> model in eval mode on the CPU, its Config. UserError as in load_checkpoint."""
     saved, config = load_checkpoint(path)
     model = RandSAC(config)
-    restore(model, saved["model"], path)
+    model.load_state_dict(saved["model"])
     return model.eval(), config
 
 
@@ -1109,16 +1078,16 @@ def build(config, saved, device):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if saved:
-        restore(model, saved["model"], config.out)
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
     elif config.init:
-        start, before = load_checkpoint(user_path(config.init))
+        start, before = load_model(config.init)
         for name in ("patch_size", "dim", "depth", "heads", "decoder_depth", "skip"):
             value = getattr(before, name)
             fits = getattr(config, name) == value
             check(fits, f"--init: {config.init} has {flag_name(name)} {value}, so give the same")
-        restore(model, start["model"], config.init)
+        model.load_state_dict(start.state_dict())
     return model, optimizer, scaler
 
 
@@ -1145,17 +1114,15 @@ def open_run(config, rows):
     if not config.out:
         moment = time.strftime("%Y%m%d-%H%M%S")
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(config.out, "metrics.jsonl"), "a") as log:
-        own(
-            log,
-            f"another process trains the run {config.out}: wait for it, or choose another --out",
-        )
+    run = Path(config.out)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "metrics.jsonl", "a") as log:
+        own(log, f"another process trains the run {run}: wait for it, or choose another --out")
         log.truncate(0)
         log.writelines(json.dumps(row) + "\n" for row in rows)
         log.flush()
         settings = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-        write_whole(Path(config.out, "config.json"), lambda file: file.write(settings.encode()))
+        write_whole(run / "config.json", lambda file: file.write(settings.encode()))
         yield log
 
 
@@ -1193,21 +1160,14 @@ def train(config, saved, device, process=0, world=1):
     wrapped = wrap(model, config, device, world)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
-
-    per_epoch = len(images) // config.batch_size
-    steps = config.epochs * per_epoch
-    if config.max_steps:
-        steps = min(steps, config.max_steps)
+    B = config.batch_size
+    per_epoch = len(images) // B
+    steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
 
     def save(step):
-        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        content = {name: part.state_dict() for name, part in parts.items()}
-        content |= {
-            "config": dataclasses.asdict(config),
-            "step": step,
-            "rows": rows,
-            "images": seen,
-        }
+        content = {"config": dataclasses.asdict(config), "step": step, "rows": rows, "images": seen}
+        for name, part in {"model": model, "optimizer": optimizer, "scaler": scaler}.items():
+            content[name] = part.state_dict()
         write_whole(Path(config.out, "checkpoint.pt"), lambda file: torch.save(content, file))
 
     with contextlib.ExitStack() as stack:
@@ -1215,16 +1175,12 @@ def train(config, saved, device, process=0, world=1):
         if process == 0:
             log = stack.enter_context(open_run(config, rows))
             save(first)
-            work = f"{steps} steps of {config.batch_size} images"
-            print(f"{config.out}: {work}, {world} x {device}, {config.precision}")
+            print(f"{config.out}: {steps} steps of {B} images, {world} x {device.type}")
         signals = stack.enter_context(stop_signals(world))
-        bar = stack.enter_context(
-            tqdm(total=steps * config.batch_size, unit="img", disable=process > 0)
-        )
-        bar.update(first * config.batch_size)
-        bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+        pace = {"unit": "img", "mininterval": 0.5 if sys.stderr.isatty() else 30}
+        bar = tqdm(total=steps * B, initial=first * B, disable=process > 0, **pace)
+        stack.enter_context(bar)
 
-        stop = False
         losses = []
         start = time.perf_counter()
         for step in range(first, steps):
@@ -1233,15 +1189,15 @@ def train(config, saved, device, process=0, world=1):
             if place == 0 or step == first:
                 generator = seeded("cpu", config.seed, 0, epoch)
                 order = torch.randperm(len(images), generator=generator).to(images.device)
-            index = order[place * config.batch_size : (place + 1) * config.batch_size]
-            batch = images[index[process::world]].to(device)
+            index = order[place * B : (place + 1) * B][process::world]
+            batch = images[index].to(device)
             loss = training_step(wrapped, optimizer, scaler, batch, config, step, steps, process)
             if process > 0:
                 continue
 
             # A row of the log now and then; a checkpoint too when an epoch ends or on demand.
             losses.append(loss)
-            bar.update(config.batch_size)
+            bar.update(B)
             done = step + 1
             stop = len(signals) > 0
             epoch_ends = place + 1 == per_epoch or done == steps
@@ -1249,11 +1205,10 @@ def train(config, saved, device, process=0, world=1):
             saves = epoch_ends or asked or stop
             if not saves and done % LOG_EVERY != 0:
                 continue
-            rate = len(losses) * config.batch_size / (time.perf_counter() - start)
+            rate = len(losses) * B / (time.perf_counter() - start)
             loss = torch.stack(losses).mean().item()
-            before = f"{config.out}/checkpoint.pt is from before"
-            lower = "begin another run with a lower --lr"
-            check(math.isfinite(loss), f"the loss is {loss} at step {done}: {lower}; {before}")
+            mend = f"begin another run with a lower --lr; {config.out}/checkpoint.pt is from before"
+            check(math.isfinite(loss), f"the loss is {loss} at step {done}: {mend}")
             row = {"step": done, "epoch": epoch + 1, "loss": loss}
             row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
             if epoch_ends and len(held_out) > 0:
@@ -1265,20 +1220,15 @@ def train(config, saved, device, process=0, world=1):
             if saves:
                 save(done)
             if stop:
-                break
+                print(f"stopped. To go on: {command_line('randsac.py', '--resume', config.out)}")
+                return 128 + signals[0]
             losses = []
             start = time.perf_counter()
 
-    if stop:
-        print(
-            f"stopped after step {done}. To go on:",
-            next_command("randsac.py", "--resume", config.out),
-        )
-        return 128 + signals[0]
     checkpoint = Path(config.out, "checkpoint.pt")
-    print("trained. Next:", next_command("visualize.py", "all", "--checkpoint", checkpoint))
+    print("trained. Next:", command_line("visualize.py", "all", "--checkpoint", checkpoint))
     if can_probe:
-        print("         and:", next_command("probe.py", checkpoint))
+        print("         and:", command_line("probe.py", checkpoint))
     return 0
 
 
@@ -1324,7 +1274,7 @@ def user_path(text):
     return Path(text).expanduser()
 
 
-def next_command(script, *arguments):
+def command_line(script, *arguments):
     """-> a command to be pasted, whatever its paths are called."""
     program = os.path.relpath(Path(__file__).with_name(script))
     return shlex.join([Path(sys.executable).name, program, *map(str, arguments)])
@@ -1343,7 +1293,8 @@ def run_command(main):
     except (UserError, OSError) as error:
         words = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and "allocate memory" not in str(error):
             raise
         words = "out of memory: choose a smaller --batch-size, --image-size or --model"
     print(f"error: {words}", file=sys.stderr)
@@ -1354,63 +1305,58 @@ def read_flags(given):
     """The flags given -> Config of the run and, with --resume, what its checkpoint holds."""
     if "resume" not in given:
         config = Config(**given)
-        if config.out:
-            config.out = str(user_path(config.out))
-            taken = any(
-                Path(config.out, name).exists() for name in ("metrics.jsonl", "checkpoint.pt")
-            )
-            check(
-                not taken, f"{config.out} holds a run: give it to --resume, or choose another --out"
-            )
+        run = Path(config.out)
+        taken = (run / "metrics.jsonl").exists() or (run / "checkpoint.pt").exists()
+        check(
+            not (config.out and taken), f"{run} holds a run: use --resume {run}, or another --out"
+        )
         return config, None
 
     run = user_path(given.pop("resume"))
     saved, config = load_checkpoint(run / "checkpoint.pt")
     whole = {"optimizer", "scaler", "rows", "images", "step"} <= saved.keys()
     check(whole, f"{run} holds only a model: begin a run with --init {run}/checkpoint.pt")
-    others = [flag_name(name) for name in given.keys() - {"device", "data_dir", "compile"}]
-    check(
-        not others, f"--resume takes its flags from the run: leave out {' '.join(sorted(others))}"
-    )
+    others = sorted(flag_name(name) for name in given.keys() - {"device", "data_dir", "compile"})
+    check(not others, f"--resume takes its flags from the run: leave out {' '.join(others)}")
     return dataclasses.replace(config, **given, out=str(run)), saved
+
+
+def join_processes(config, device):
+    """-> which process this is, and of how many: several where torchrun has started them."""
+    process = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_torchelastic_launched():
+        check(world == 1, "WORLD_SIZE is set, but not by torchrun: unset it or use torchrun")
+        return 0, 1
+    shares = config.batch_size % world == 0
+    check(shares, f"--batch-size {config.batch_size} does not divide over {world} processes")
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
+        check(local < count, f"there is no GPU {local}: use torchrun --nproc-per-node {count}")
+        torch.cuda.set_device(local)
+    if process == 0:
+        print(f"torchrun ends at a signal; to go on, give --resume RUN to {world} processes again")
+    else:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = datetime.timedelta(days=1)  # while the first process decodes
+    dist.init_process_group(backend, timeout=patience)
+    return process, world
 
 
 def main(arguments):
     parser = make_parser(__doc__)
-    words = (
-        "go on with the run in this directory; only --device, --data-dir and --compile may be given"
-    )
+    words = "go on with the run in this directory; it takes --device, --data-dir, --compile alone"
     parser.add_argument("--resume", metavar="RUN", help=words)
     config, saved = read_flags(vars(parser.parse_args(arguments)))
     device = pick_device(config.device)
-
-    # Several processes, each with a share of the batch, where torchrun has started them.
-    process = int(os.environ.get("RANK", "0"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    launched = dist.is_torchelastic_launched()
-    check(
-        world == 1 or launched, "WORLD_SIZE is set, but not by torchrun: unset it or use torchrun"
-    )
-    divides = config.batch_size % world == 0
-    check(divides, f"--batch-size {config.batch_size} does not divide over {world} processes")
+    process, world = join_processes(config, device)
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        count = torch.cuda.device_count()
-        check(local < count, f"there is no GPU {local}: use torchrun --nproc-per-node {count}")
-        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
         # With a mask its gradients can be NaN (PyTorch's issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        patience = datetime.timedelta(days=1)  # while the first process decodes
-        dist.init_process_group(backend, timeout=patience)
-        if process == 0:
-            print("With torchrun a signal ends the run: start it again with --resume RUN")
-    with open(os.devnull, "w") as nowhere:
-        heard = sys.stdout if process == 0 else nowhere
-        with contextlib.redirect_stdout(heard):
-            return train(config, saved, device, process, world)
+    return train(config, saved, device, process, world)
 
 
 if __name__ == "__main__":
