@@ -758,6 +758,8 @@ def list_folder(root):
     check(root.is_dir(), f"{root} is not a folder: name one by --data-dir; {wanted}")
 
     def folders(place):
+        lost = [f.name for f in place.iterdir() if not f.exists()]
+        check(not lost, f"{place} has links that lead nowhere: {lost[:9]}")
         loose = [f.name for f in place.iterdir() if f.is_file() and is_image(f.name)]
         check(not loose, f"{place} has images that are in no class, such as {loose[:1]}; {wanted}")
         return sorted(f.name for f in place.iterdir() if f.is_dir() and is_visible(f.name))
@@ -773,13 +775,17 @@ def list_folder(root):
         unknown = set(folders(root / split)) - set(classes)
         check(not unknown, f"{root / split} has classes that train/ has not: {sorted(unknown)[:9]}")
         for label, name in enumerate(classes):
-            # Links to folders are not followed, as they may lead in circles.
             for place, inner, files in os.walk(root / split / name):
                 inner[:] = filter(is_visible, inner)
+                links = [f"{place}/{f}" for f in inner if Path(place, f).is_symlink()]
+                check(not links, f"links to folders in a class may lead in circles: {links[:9]}")
                 found = training if split == "train" else held_out
                 found += [(Path(place, file), label) for file in files if is_image(file)]
                 left_out += [file for file in files if not is_image(file)]
-    check(training, f"no images in {root / 'train'}; {wanted}")
+    empty = [name for i, name in enumerate(classes) if i not in {label for _, label in training}]
+    check(
+        classes and not empty, f"no images in {root / 'train'} for {empty or 'any class'}; {wanted}"
+    )
     return classes, sorted(training), sorted(held_out), left_out
 
 
@@ -803,19 +809,19 @@ def load_folder(root, size, train):
     place = Path(f"{root.resolve()}.cache")
     if not os.access(place.parent, os.W_OK):
         print(f"{place.parent} is read-only: decoded images go to runs/cache")
-        place = Path("runs/cache")
+        place = Path("runs/cache", str(root.resolve()).strip("/").replace("/", "-"))
     place.mkdir(parents=True, exist_ok=True)
-    kind = f"{root.resolve().name}-{'train' if train else 'test'}-{size}"
+    kind = f"{'train' if train else 'test'}-{size}"
     cache = place / f"{kind}-{key}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
+    with contextlib.suppress(Exception):  # not there, or damaged in one of many ways
         images = np.load(cache, mmap_mode="c")
-        if images.shape == shape:
+        if images.shape == shape and images.dtype == np.uint8:
             return torch.from_numpy(images), labels, classes
     with open(place / "lock", "w") as lock:
         own(lock, f"another process decodes {root}: wait for it, then start this one again")
-        write_whole(cache, lambda file: decode_all(files, size, file))
-        for old in set(place.glob(f"{kind}-*.npy")) - {cache}:
+        for old in place.glob(f"{kind}-*"):
             old.unlink()
+        write_whole(cache, lambda file: decode_all(files, size, file))
     return torch.from_numpy(np.load(cache, mmap_mode="c")), labels, classes
 
 
@@ -849,7 +855,9 @@ def decode_image(path, size):
     of an animation, transparent parts on white. UserError says why a file cannot be used."""
     try:
         with Image.open(path) as image:
-            deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+            deep = image.mode[0] in "IF"
+            if image.format != "BMP":  # whose 16 bits are a whole pixel's
+                deep = deep or ";16" in str(image.tile)
             check(not deep, "more than 8 bits a channel, of unknown range: convert it to 8")
             with contextlib.suppress(Exception):  # a damaged note on how the camera was held
                 image = ImageOps.exif_transpose(image)
@@ -1016,11 +1024,12 @@ def write_whole(path, write):
 
 def own(file, message):
     """Makes this process the file's one owner until it closes it or ends, however it ends."""
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(message) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(message) from error
+    except (OSError, AttributeError):  # some file systems have no locks, nor has Windows
+        pass
 
 
 def load_checkpoint(path):
@@ -1083,10 +1092,10 @@ def build(config, saved, device):
         scaler.load_state_dict(saved["scaler"])
     elif config.init:
         start, before = load_model(config.init)
-        for name in ("patch_size", "dim", "depth", "heads", "decoder_depth", "skip"):
-            value = getattr(before, name)
-            fits = getattr(config, name) == value
-            check(fits, f"--init: {config.init} has {flag_name(name)} {value}, so give the same")
+        sizes = ("patch_size", "dim", "depth", "heads", "decoder_depth", "skip")
+        other = [name for name in sizes if getattr(config, name) != getattr(before, name)]
+        words = ", ".join(f"{name} {getattr(before, name)}" for name in other)
+        check(not other, f"the model that --init names has {words}: give it the same by its flags")
         model.load_state_dict(start.state_dict())
     return model, optimizer, scaler
 
@@ -1108,16 +1117,26 @@ def wrap(model, config, device, world):
     return wrapped
 
 
+def check_free(config):
+    again = command_line("randsac.py", "--resume", config.out)
+    taken = config.out and Path(config.out, "checkpoint.pt").exists()
+    check(not taken, f"{config.out} holds a run: go on with it by {again}, or choose another --out")
+
+
 @contextlib.contextmanager
-def open_run(config, rows):
-    """Makes the run's directory, and this process its owner -> metrics.jsonl, holding `rows`."""
+def open_run(config, saved):
+    """Makes the run's directory, and this process its owner -> metrics.jsonl, with the rows that a
+    resumed run has."""
     if not config.out:
         moment = time.strftime("%Y%m%d-%H%M%S")
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "metrics.jsonl", "a") as log:
-        own(log, f"another process trains the run {run}: wait for it, or choose another --out")
+        own(log, f"another process trains the run {run}: wait for it, or begin another")
+        if not saved:
+            check_free(config)  # again, now that nobody else can take it
+        rows = saved["rows"] if saved else []
         log.truncate(0)
         log.writelines(json.dumps(row) + "\n" for row in rows)
         log.flush()
@@ -1132,19 +1151,22 @@ def stop_signals(world):
     one ends the program at once; so does the first with torchrun, or outside the main thread."""
     received = []
 
+    def obey(handlers):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
     def note(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        obey({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
 
     before = {}
     if world == 1 and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        obey({number: note for number in before})
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        obey(before)
 
 
 def train(config, saved, device, process=0, world=1):
@@ -1155,7 +1177,11 @@ def train(config, saved, device, process=0, world=1):
     seen = fingerprint(images)
     first = saved["step"] if saved else 0
     rows = saved["rows"] if saved else []
-    check(not saved or saved["images"] == seen, "these are not the images that the run began with")
+    if saved:
+        check(saved["images"] == seen, "these are not the images that the run began with")
+        check(
+            saved["world"] == world, f"the run began with {saved['world']} processes, not {world}"
+        )
     model, optimizer, scaler = build(config, saved, device)
     wrapped = wrap(model, config, device, world)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -1165,7 +1191,8 @@ def train(config, saved, device, process=0, world=1):
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
 
     def save(step):
-        content = {"config": dataclasses.asdict(config), "step": step, "rows": rows, "images": seen}
+        content = {"config": dataclasses.asdict(config), "step": step, "rows": rows}
+        content |= {"images": seen, "world": world}
         for name, part in {"model": model, "optimizer": optimizer, "scaler": scaler}.items():
             content[name] = part.state_dict()
         write_whole(Path(config.out, "checkpoint.pt"), lambda file: torch.save(content, file))
@@ -1173,7 +1200,7 @@ def train(config, saved, device, process=0, world=1):
     with contextlib.ExitStack() as stack:
         # The first process alone keeps log and checkpoint, from before the first step on.
         if process == 0:
-            log = stack.enter_context(open_run(config, rows))
+            log = stack.enter_context(open_run(config, saved))
             save(first)
             print(f"{config.out}: {steps} steps of {B} images, {world} x {device.type}")
         signals = stack.enter_context(stop_signals(world))
@@ -1284,7 +1311,8 @@ def run_command(main):
     """Runs a command's main(arguments). This is the one place where an error that the user or the
     machine can mend becomes a line, and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a path
+        # A terminal may lack a letter of a path; a log file is to be read while it is written.
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -1293,8 +1321,9 @@ def run_command(main):
     except (UserError, OSError) as error:
         words = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not full and "allocate memory" not in str(error):
+        words = str(error)
+        full = isinstance(error, MemoryError) or "out of memory" in words
+        if not full and "allocate memory" not in words:
             raise
         words = "out of memory: choose a smaller --batch-size, --image-size or --model"
     print(f"error: {words}", file=sys.stderr)
@@ -1303,19 +1332,24 @@ def run_command(main):
 
 def read_flags(given):
     """The flags given -> Config of the run and, with --resume, what its checkpoint holds."""
+    for name, value in given.items():
+        check(value != "", f"{flag_name(name)} is empty: give it a name, or leave it out")
     if "resume" not in given:
         config = Config(**given)
-        run = Path(config.out)
-        taken = (run / "metrics.jsonl").exists() or (run / "checkpoint.pt").exists()
-        check(
-            not (config.out and taken), f"{run} holds a run: use --resume {run}, or another --out"
+        inside = (
+            Path(config.out or "runs").resolve().is_relative_to(Path(config.data_dir).resolve())
         )
+        reads = config.dataset == "folder"
+        check(not (reads and inside), "the run would lie among the images: choose another --out")
+        check_free(config)
         return config, None
 
     run = user_path(given.pop("resume"))
+    check(run.is_dir(), f"--resume takes the directory of a run, and {run} is none")
     saved, config = load_checkpoint(run / "checkpoint.pt")
-    whole = {"optimizer", "scaler", "rows", "images", "step"} <= saved.keys()
-    check(whole, f"{run} holds only a model: begin a run with --init {run}/checkpoint.pt")
+    whole = {"optimizer", "scaler", "rows", "images", "step", "world"} <= saved.keys()
+    again = command_line("randsac.py", "--init", run / "checkpoint.pt")
+    check(whole, f"{run} holds only a model: begin a run from it by {again}")
     others = sorted(flag_name(name) for name in given.keys() - {"device", "data_dir", "compile"})
     check(not others, f"--resume takes its flags from the run: leave out {' '.join(others)}")
     return dataclasses.replace(config, **given, out=str(run)), saved
@@ -1323,11 +1357,12 @@ def read_flags(given):
 
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
-    process = int(os.environ.get("RANK", "0"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_torchelastic_launched():
-        check(world == 1, "WORLD_SIZE is set, but not by torchrun: unset it or use torchrun")
+        alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
+        check(alone, "WORLD_SIZE is set, but not by torchrun: unset it or use torchrun")
         return 0, 1
+    process = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
     shares = config.batch_size % world == 0
     check(shares, f"--batch-size {config.batch_size} does not divide over {world} processes")
     if device.type == "cuda":
