@@ -1,339 +1,535 @@
-"""The evaluation protocols of Section 5.1: from a checkpoint to a number. Masks and decoder are thrown away; the
-unmasked encoder turns an image into tokens, and the mean of its last layer's tokens is the image's feature.
+"""From a checkpoint to a number: the evaluation protocols of Section 5.1. Masks and decoder are
+thrown away; the unmasked encoder turns an image into tokens, and the mean of its last layer's
+tokens is the image's feature.
 
-    python probe.py runs/NAME/checkpoint.pt                        # LIN, the paper's first column
-    python probe.py runs/NAME/checkpoint.pt --random-init          # a floor: the same encoder, untrained
-    python probe.py runs/NAME/checkpoint.pt --features pixels      # a floor: no encoder at all
-    python probe.py runs/NAME/checkpoint.pt --protocol layers      # LIN at every depth
-    python probe.py runs/NAME/checkpoint.pt --protocol finetune    # FT, the paper's second column
-    python probe.py runs/NAME/checkpoint.pt --dataset folder --data-dir DIR --image-size 224    # transfer
+    python probe.py runs/NAME/checkpoint.pt                      # LIN and kNN
+    python probe.py runs/NAME/checkpoint.pt --random-init        # their floor: an untrained encoder
+    python probe.py runs/NAME/checkpoint.pt --features pixels    # another: no encoder at all
+    python probe.py runs/NAME/checkpoint.pt --protocol layers    # LIN and kNN at every depth
+    python probe.py runs/NAME/checkpoint.pt --protocol finetune  # FT, the paper's other column
+    python probe.py runs/NAME/checkpoint.pt --dataset cifar100   # transfer to other images
 
-The protocols and what they cost. A pass is one look of the encoder at every image: 60,000 images of 32 x 32 pixels
-and the nano model take some minutes on two CPU cores.
-  linear      LIN. Features of the frozen encoder, computed once and kept beside the checkpoint; multinomial logistic
-              regression solved to its optimum: no training to tune. 1 pass, but seconds once the features are kept
-  knn         nothing is learned: weighted vote of the 20 training images nearest by cosine similarity. The same pass
-  layers      LIN at each encoder layer, as bars here and for visualize.py. 1 pass, and linear's seconds for each
-  linear-sgd  LIN the paper's way: 90 epochs of a linear layer on augmented images through the frozen encoder. 90 passes
-  finetune    FT: encoder and linear layer trained end to end, the usual supervised ViT recipe. 100 epochs, each as long
-              as 4 passes: a GPU's job. With --from-scratch it is the paper's "supervised" row
-Each prints its number and writes probe-PROTOCOL.json beside the checkpoint, floors and transfer under names of their
-own. Accuracies are in percent of the test images, whose labels are used for nothing else.
+The protocols and what they cost. A pass is one look of the encoder at every image: 60,000 images of
+32 x 32 pixels and the nano model take some minutes on one CPU core.
+
+  linear      1 pass. LIN: a linear classifier on features of the frozen encoder, solved to its
+              optimum, so there is no training to tune. kNN: the 20 nearest training images vote
+  layers      1 pass. Both at every encoder layer
+  linear-sgd  91 passes. LIN the paper's way: 90 epochs of a linear layer on augmented images
+  finetune    100 epochs, each as long as 4 passes: a GPU's job. FT: all is trained, end to end.
+              With --from-scratch it is the paper's supervised row
+
+Each number is printed, and added as a row to probes.jsonl beside the checkpoint. Accuracies are in
+percent of the test images, whose labels are used for nothing else.
+
+The paper leaves its recipe of fine-tuning to a supplement. Ours is MAE's (He et al. 2022, ViT-B),
+but for what the last column says:
+
+  head               mean of the tokens, LayerNorm, linear       starts at zero, not near it
+  optimizer          AdamW, betas 0.9 and 0.999
+  learning rate      1e-3 for each 256 images of the batch
+  batch, epochs      1024, 100                                   ours: 256, 100
+  schedule           5 epochs of warm-up, then half a cosine     ours: 5 % of the steps
+  layer decay        0.75 from each layer to the one below       ours: none with --from-scratch
+  weight decay       0.05, of matrices
+  stochastic depth   0 in the first layer, to 0.1 in the last
+  crop and flip      a crop keeps 8 to 100 % of the image        ours: as in pre-training
+  RandAugment        2 operations of magnitude 9                 ours: torchvision's, 8 images alike
+  mixup or CutMix    alpha 0.8 or 1.0, one draw for the batch
+  label smoothing    0.1
+  random erasing     1 image in 4, by noise                      ours: 8 images alike
 """
-import argparse, dataclasses, functools, hashlib, json, math, os, shlex, sys, time
-from pathlib import Path
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import time
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from randsac import (RandSAC, augment, autocast, check, learning_rate, load_checkpoint, load_images, load_whole,
-                     normalize, pick_device, restore, run_command, seeded, write_whole)
+import randsac
+from randsac import check, seeded
 
-IMAGES, STEPS = ("dataset", "data_dir", "image_size"), ("epochs", "batch_size", "lr")  # flags
-TRAINED = {"linear-sgd": dict(epochs=90, batch_size=256, lr=0.1),
-           "finetune": dict(epochs=100, batch_size=256, lr=1e-3)}
-NEXT = {"knn": "", "linear": "--random-init", "linear-random-init": "--features pixels",
-        "linear-pixels": "--protocol layers", "finetune": "--protocol finetune --from-scratch"}
-L2_GRID = [10.0 ** -k for k in range(1, 9)]  # from strong to weak: each fit starts from the one before
+RECIPES = {  # of the protocols that train in steps
+    "linear-sgd": {"epochs": 90, "batch_size": 256, "lr": 0.1, "warmup": 10 / 90},
+    "finetune": {"epochs": 100, "batch_size": 256, "lr": 1e-3, "warmup": 0.05},
+}
+STEP_FLAGS = ("epochs", "batch_size", "lr")
+CONFIG_FLAGS = ("dataset", "data_dir", "image_size", *STEP_FLAGS, "seed", "device")
+FLOORS = {"random weights": ["--random-init"], "raw pixels": ["--features", "pixels"]}
+L2_GRID = [10.0**-k for k in range(1, 9)]  # from strong to weak
+
+# Images uint8 [n,3,H,W] and labels int64 [n], the same of the test, names of the classes.
+Labelled = collections.namedtuple("Labelled", "images labels test_images test_labels names")
+# Where nobody watches the bar, a line of it every half minute will do.
 progress = functools.partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 30)
 
-def read_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint.pt of a run; results go beside it")
-    add("--protocol", choices=["linear", "knn", "layers", *TRAINED], default="linear", help="default: linear")
-    add("--random-init", "--from-scratch", action="store_true", help="random weights in place of the trained ones: a "
-        "floor, or with finetune, which then has no layer-wise decay, the paper's supervised row")
-    add("--features", choices=["encoder", "pixels"], default="encoder", help="pixels: the image itself, at most "
-        "32 x 32, is the feature: a floor of linear and knn (default: encoder)")
-    add("--dataset", help="probe on other images (default: those of the checkpoint)")
-    add("--data-dir", help="where they lie or go (default: as in training; with another --dataset: data)")
-    add("--image-size", type=int, metavar="X", help="side of an image in pixels (default: as in training)")
-    add("--epochs", type=int, metavar="X", help="of linear-sgd (default: 90) or finetune (default: 100)")
-    add("--batch-size", type=int, metavar="X", help="images in a step of linear-sgd or finetune (default: 256)")
-    add("--lr", type=float, metavar="X", help="peak learning rate of linear-sgd (default: 0.1) or finetune (default: "
-        "0.001), for each 256 images of the batch")
-    add("--seed", type=int, default=0, metavar="X", help="seed of everything random (default: 0)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    args = parser.parse_args(arguments)
-    check(args.protocol in TRAINED or not given(args, STEPS), f"--protocol {args.protocol} is not trained in steps: "
-          "leave out --epochs, --batch-size and --lr, or choose linear-sgd or finetune")
-    check(args.batch_size != 1, "--batch-size must be 2 or more: features are standardized over a batch")
-    check(args.features == "encoder" or args.protocol in ("linear", "knn") and not args.random_init,
-          "--features pixels has no encoder: use it with --protocol linear or knn, and without --random-init")
-    return args
 
-def given(args, names):
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-def probe_config(trained, args):
-    """The checkpoint's Config -> the probe's: which images, and how linear-sgd and finetune train."""
-    moved = dict(data_dir="data") if args.dataset not in (None, trained.dataset) else {}
-    # An image that is not cut in segments may have any size that the patch size divides.
-    settings = dict(segments="patch", hierarchy=(), weight_decay=0.05, warmup=0.05, seed=args.seed, device=args.device)
-    settings.update(**moved, **TRAINED.get(args.protocol, {}))
-    return dataclasses.replace(trained, **{**settings, **given(args, IMAGES + STEPS)})
-
-def file_endings(args):
-    """What the names of a floor's and of a transfer's files end in: they never replace the checkpoint's own."""
-    untrained = "-from-scratch" if args.protocol == "finetune" else "-random-init"
-    floor = untrained * args.random_init + "-pixels" * (args.features == "pixels")
-    return floor, "".join("-" + Path(str(value)).resolve().name for value in given(args, IMAGES).values())
-
-def load_labelled(config):
-    """-> uint8 images, labels for training, the same for the test, class names. UserError where a probe lacks some."""
-    (images, labels, names), (test_images, test_labels, _) = (load_images(config, train) for train in (True, False))
-    check(labels.min() >= 0, f"the images of {config.data_dir} have no labels, which a probe needs: sort them into "
-          "train/CLASS/ and test/CLASS/, or choose another --dataset")
-    check(len(labels.unique()) > 1, f"all images of {config.data_dir} are of one class: a probe needs two or more")
-    check(len(test_images), f"{config.data_dir} has no test images to measure on: put some in test/CLASS/")
-    return images, labels, test_images, test_labels, names
-
-def make_encoder(saved, trained, args):
-    """The checkpoint's model or, for a floor, one that never saw an image."""
-    torch.manual_seed(args.seed)
-    model = RandSAC(trained)
-    if not args.random_init:
-        restore(model, saved["model"], args.checkpoint)
-    return model.eval().requires_grad_(args.protocol == "finetune")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features of a frozen encoder
-
-def pooled(model, depths, x):
-    """x [B,3,H,W] -> [B,depths,D]: outputs of the last `depths` layers, normalized as in `encode`, mean over tokens."""
-    return torch.stack([F.layer_norm(h, h.shape[-1:]).mean(1) for h in model.encode_layers(x)[-depths:]], 1)
-
-def outputs(function, images, size, device, what):
-    """function(x [B,3,size,size]) of all uint8 images [n,3,H,W] -> [n,...], float32 on the CPU."""
+def outputs(function, images, size, device):
+    """function(x float [B,3,size,size]) of uint8 images [n,3,H,W] -> float32 [n,...] on the CPU."""
     found = []
-    with torch.inference_mode(), autocast(device), progress(total=len(images), desc=what, unit="img") as bar:
-        for batch in images.split(64 if device.type == "cpu" else 1024):  # a CPU is fastest where its cache holds one
-            found.append(function(normalize(batch.to(device), size)).float().cpu())
-            bar.update(len(batch))
+    batch = 64 if device.type == "cpu" else 1024  # a CPU is fastest where its cache holds a batch
+    with torch.inference_mode(), progress(total=len(images), desc="images", unit="img") as bar:
+        for part in images.split(batch):
+            x = randsac.normalize(part.to(device), size)
+            with randsac.autocast(device):
+                found.append(function(x).float().cpu())
+            bar.update(len(part))
     return torch.cat(found)
 
-def kept_features(function, images, test_images, size, device, cache, key):
-    """`outputs` of training and test images, computed once: `cache` counts only for the same key and pixels."""
-    key = json.dumps([*key, size] + [hashlib.sha256(part.numpy()).hexdigest() for part in (images, test_images)])
-    if cache.exists():
-        try:
-            kept = load_whole(cache)
-            if kept["key"] == key:
-                return kept["train"], kept["test"]
-        except Exception as error:  # a damaged archive raises many kinds
-            print(f"{cache} is damaged ({str(error).splitlines()[:1]}): computing the features again")
-    train, test = (outputs(function, part, size, device, "features") for part in (images, test_images))
-    write_whole(cache, lambda file: torch.save(dict(key=key, train=train, test=test), file))
-    return train, test
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LIN by a solver, and nearest neighbours
+def pooled(model, depths, x):
+    """x [B,3,H,W] -> [B,depths,D]: the outputs of the last `depths` layers, normalized as `encode`
+    does it, mean over tokens."""
+    layers = model.encode_layers(x)[-depths:]
+    return torch.stack([F.layer_norm(H, H.shape[-1:]).mean(1) for H in layers], 1)
 
-def standardize(train, test):
-    """float32 [n,D], [m,D] -> float64: each feature with the training images' mean 0 and deviation 1, then all turned
-    to principal axes: no prediction changes, and the solver can see how far the images spread along each axis."""
-    train, test = train.double(), test.double()
-    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / deviation, (test - mean) / deviation
-    axes = torch.linalg.eigh(train.T @ train).eigenvectors  # [D,D]
-    return train @ axes, test @ axes
-
-def logistic_regression(x, y, classes, l2, start=None):
-    """x [n,D] float64, y [n] -> weight [C,D], bias [C] that minimize the mean cross-entropy + l2/2 |weight|^2; found by
-    L-BFGS, from `start` if given, when no derivative exceeds 1e-6.
-
-    Its unknowns are weight/scale. Along an axis the loss curves about as the images' variance + l2: in units of `scale`
-    it curves alike along all, and 60 steps do what may take thousands."""
-    scale = (x.square().mean(0) + l2).rsqrt()
-    weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
-    unknown, bias = (weight / scale).requires_grad_(), bias.clone().requires_grad_()
-    solver = torch.optim.LBFGS([unknown, bias], max_iter=2000, history_size=30, tolerance_grad=1e-6,
-                               tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def loss_and_gradient():
-        solver.zero_grad()
-        loss = l2 / 2 * (unknown * scale).square().sum()
-        loss.backward()
-        for rows, labels in zip(x.split(20_000), y.split(20_000)):  # in parts, for memory
-            part = F.cross_entropy(F.linear(rows, unknown * scale, bias), labels, reduction="sum") / len(x)
-            part.backward()
-            loss = loss + part.detach()
-        return loss
-
-    solver.step(loss_and_gradient)
-    return (unknown * scale).detach(), bias.detach()
-
-def linear(train, labels, test, classes, seed):
-    """LIN (Section 5.1): training images' features [n,D], labels [n] -> scores [m,C] of the test features [m,D],
-    settings. The strength of L2 is the best on a held-out tenth of the training images; then all of them are fitted."""
-    order = torch.randperm(len(train), generator=seeded("cpu", seed, 20)).to(train.device)
-    y, held, tried, start = labels[order], math.ceil(len(train) / 10), [], None
-    with progress(total=len(L2_GRID) + 1, desc="fitting", unit="fit") as bar:
-        x, test = standardize(train[order], test)
-        for l2 in L2_GRID:
-            start = logistic_regression(x[held:], y[held:], classes, l2, start)
-            tried.append((percent(F.linear(x[:held], *start).argmax(1) == y[:held]), l2, start))
-            bar.update()
-        _, l2, start = max(tried, key=lambda row: row[:2])  # of equals the strongest
-        scores = F.linear(test, *logistic_regression(x, y, classes, l2, start))
-        bar.update()
-    return scores.cpu(), dict(l2=l2, held_out_top1={f"{l2:.0e}": top1 for top1, l2, _ in tried})
-
-def knn(train, labels, test, classes, k=20, temperature=0.07):
-    """Training images' features [n,D], labels [n] -> scores [m,C] of the test features [m,D], settings: the k nearest
-    vote, each with weight exp(cosine similarity / temperature)."""
-    train, votes, k = F.normalize(train), [], min(k, len(train))
-    for part in progress(F.normalize(test).split(500), "neighbours", unit="batch"):
-        similarity, nearest = (part @ train.T).topk(k)  # [500,k]
-        weight = (similarity / temperature).exp()
-        votes.append(part.new_zeros(len(part), classes).scatter_add(1, labels[nearest], weight))
-    return torch.cat(votes).cpu(), dict(k=k, temperature=temperature)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LIN and FT by gradient descent
-
-def crop_and_flip(images, labels, config, generator):
-    return augment(images, config.image_size, config.crop_scale, generator), labels
-
-def strong_augmentation(classes):
-    """-> f(uint8 images [B,3,H,W], labels [B], config, generator) -> images [B,3,size,size], soft labels [B,C]:
-    RandAugment, crop and flip, MixUp or CutMix, label smoothing. torchvision draws one operation for all images that
-    it is given, so it is given 8 at a time."""
-    distort = v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR, fill=128)
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
-
-    def prepare(images, labels, config, generator):
-        torch.manual_seed(generator.initial_seed())  # torchvision draws from the global generator
-        images = torch.cat([distort(group) for group in images.split(8)])
-        images, labels = crop_and_flip(images, labels, config, generator)
-        images, labels = map(torch.cat, zip(*[mix(*group) for group in zip(images.split(8), labels.split(8))]))
-        return images, 0.9 * labels + 0.1 / classes
-
-    return prepare
-
-def layer_groups(model, head, config, decay):
-    """Parameter groups: a layer learns `decay` times as fast as the one above, as early features are more general."""
-    layers = [head, *reversed(model.encoder), model.embed]
-    return [dict(params=[p for p in layer.parameters() if (p.ndim == 2) == decays], share=decay ** above,
-                 weight_decay=config.weight_decay * decays) for above, layer in enumerate(layers) for decays in (1, 0)]
-
-def descend(forward, optimizer, prepare, images, labels, config, device):
-    """config.epochs times over uint8 images [n,3,H,W]: minimizes the cross-entropy of forward(x [B,3,size,size]),
-    scores [B,C], on prepared batches. The schedule is pre-training's; a parameter group has its `share` of the rate."""
-    config = dataclasses.replace(config, batch_size=min(config.batch_size, len(images)))
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        images, labels = images.to(device), labels.to(device)
-    per_epoch = len(images) // config.batch_size
-    steps = config.epochs * per_epoch
-    bar = progress(total=steps * config.batch_size, desc="training", unit="img")
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0:
-            order = torch.randperm(len(images), generator=seeded("cpu", config.seed, 21, epoch))
-            order = order.to(images.device).split(config.batch_size)
-        batch, classes = images[order[place]].to(device), labels[order[place]].to(device)
-        x, target = prepare(batch, classes, config, seeded(device, config.seed, 22, step))
-        with autocast(device):
-            loss = F.cross_entropy(forward(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config) * group["share"]
-        optimizer.step()
-        bar.update(config.batch_size)
-        if place + 1 == per_epoch:  # no oftener, as the host waits for the device here
-            bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{loss.item():.4f}", refresh=False)
-            check(math.isfinite(loss.item()), f"the loss is {loss.item()} in epoch {epoch + 1}: lower --lr")
-    bar.close()
-
-def train_head(model, data, config, device, end_to_end, decay):
-    """linear-sgd or, end to end, finetune (Section 5.1) -> scores [m,C] of the test images, settings."""
-    images, labels, test_images, _, names = data
-    # As in MAE's probe, features are standardized without a learned scale. The linear layer starts at zero.
-    head = nn.Sequential(nn.BatchNorm1d(config.dim, affine=False), nn.Linear(config.dim, len(names))).to(device)
-    nn.init.zeros_(head[1].weight), nn.init.zeros_(head[1].bias)
-
-    def forward(x):
-        return head(model.encode(x).mean(1))  # [B,n,D] -> [B,D] -> [B,C]
-
-    if end_to_end:
-        optimizer = torch.optim.AdamW(layer_groups(model, head, config, decay), fused=True)
-        prepare, settings = strong_augmentation(len(names)), dict(layer_decay=decay, weight_decay=config.weight_decay)
-    else:
-        optimizer = torch.optim.SGD([dict(params=head.parameters(), share=1)], momentum=0.9)
-        prepare, settings = crop_and_flip, {}
-    descend(forward, optimizer, prepare, images, labels, config, device)
-    head.eval()
-    return outputs(forward, test_images, config.image_size, device, "test"), settings
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From scores to a number
 
 def percent(hits):
     return round(100 * hits.double().mean().item(), 2)
 
+
+# ------------------------------------------------------------------------------------------------
+# Frozen features: LIN by a solver, and nearest neighbours
+
+
+def fit(x, y, l2, covariance, weight, bias):
+    """One fit of `logistic_regression`: starts from weight [C,D] and bias [C] -> better ones."""
+    # Along a direction the loss curves about as the images vary there, plus l2. Where that differs
+    # by 1e8, L-BFGS needs thousands of steps. In units of the curvature's root it curves alike
+    # along all directions, and 50 steps do. So `scaled` is sought: weight = scaled @ inverse.
+    curvature = covariance + l2 * torch.eye(len(covariance)).to(covariance)  # [D,D]
+    root = torch.linalg.cholesky(curvature)
+    inverse = torch.linalg.inv(root).to(x.dtype)
+    scaled = (weight @ root.to(x.dtype)).requires_grad_()  # [C,D]
+    bias = bias.clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [scaled, bias], max_iter=2000, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss_and_gradient():
+        solver.zero_grad()
+        weight = scaled @ inverse
+        loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(loss_and_gradient)
+    return (scaled @ inverse).detach(), bias.detach()
+
+
+def logistic_regression(x, y, classes, strengths):
+    """x [n,D], y [n] -> for each strength l2, from strong to weak, the weight [C,D] and bias [C]
+    that minimize the mean cross-entropy + l2/2 |weight|^2."""
+    covariance = x.double().T @ x.double() / len(x)  # [D,D]
+    weight = x.new_zeros(classes, x.shape[1])
+    bias = x.new_zeros(classes)
+    for l2 in strengths:
+        weight, bias = fit(x, y, l2, covariance, weight, bias)
+        yield weight, bias
+
+
+def linear(train, labels, test, classes, seed):
+    """LIN: training images' features [n,D], labels [n] -> scores [m,C] of the test features [m,D],
+    settings."""
+    # Each feature is given the training images' mean 0 and deviation 1. Some are alike for all.
+    order = torch.randperm(len(train), generator=seeded("cpu", seed, 20)).to(train.device)
+    mean = train.mean(0)
+    deviation = train.std(0).clamp(min=1e-6)
+    x = (train[order] - mean) / deviation
+    y = labels[order]
+
+    # The strength of L2 is the one that is best on a held-out tenth of the training images.
+    held = math.ceil(len(x) / 10)
+    fits = logistic_regression(x[held:], y[held:], classes, L2_GRID)
+    top1 = {}
+    for l2, (weight, bias) in zip(progress(L2_GRID, desc="fits", unit="fit"), fits):
+        top1[l2] = percent(F.linear(x[:held], weight, bias).argmax(1) == y[:held])
+    best = max(top1, key=top1.get)  # of equals the first, the strongest
+
+    # With it all training images are fitted.
+    [(weight, bias)] = logistic_regression(x, y, classes, [best])
+    held_out_top1 = {f"{l2:.0e}": value for l2, value in top1.items()}
+    scores = F.linear((test - mean) / deviation, weight, bias)
+    return scores, {"l2": best, "held_out_top1": held_out_top1}
+
+
+def knn(train, labels, test, classes, k=20, temperature=0.07):
+    """Training images' features [n,D], labels [n] -> scores [m,C] of the test features [m,D],
+    settings: the k nearest vote, each with weight exp(cosine similarity / temperature)."""
+    k = min(k, len(train))
+    train = F.normalize(train)
+    votes = []
+    for part in progress(F.normalize(test).split(500), desc="neighbours", unit="batch"):
+        similarity, nearest = (part @ train.T).topk(k)  # [500,k] each
+        weight = (similarity / temperature).exp()
+        vote = part.new_zeros(len(part), classes)  # [500,C]
+        votes.append(vote.scatter_add(1, labels[nearest], weight))
+    return torch.cat(votes), {"k": k, "temperature": temperature}
+
+
+# ------------------------------------------------------------------------------------------------
+# LIN and FT by gradient descent
+
+
+def weakly(images, labels, config, step):
+    """uint8 images [B,3,H,W], labels [B] -> float [B,3,size,size], cropped and flipped, labels."""
+    crops = seeded(images.device, config.seed, 22, step)
+    return randsac.augment(images, config.image_size, config.crop_scale, crops), labels
+
+
+def strong_augmentation(classes):
+    """-> a function like `weakly`, which also distorts and mixes. Its labels are soft, [B,C]."""
+    distort = v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR, fill=128)
+    erase = v2.RandomErasing(p=0.25, value="random")
+    mixup = v2.MixUp(alpha=0.8, num_classes=classes)
+    cutmix = v2.CutMix(alpha=1.0, num_classes=classes)
+    mix = v2.RandomChoice([mixup, cutmix])
+
+    def strongly(images, labels, config, step):
+        # torchvision draws from the global generator, which here has its own stream in every step,
+        # and treats all images that it is given alike: so it is given 8 at a time.
+        torch.manual_seed(seeded("cpu", config.seed, 23, step).initial_seed())
+        images = torch.cat([distort(group) for group in images.split(8)])
+        x, labels = weakly(images, labels, config, step)
+        x = torch.cat([erase(group) for group in x.split(8)])
+
+        # Two images become one, whose label says how much of each it is. No label is quite sure.
+        x, target = mix(x, labels)  # [B,3,size,size], [B,C]
+        return x, 0.9 * target + 0.1 / classes
+
+    return strongly
+
+
+def drop_path(rate):
+    """Stochastic depth: a hook that, in training, leaves out a module for this share of images."""
+
+    def hook(module, inputs, output):
+        return stochastic_depth(output, rate, "row", module.training)
+
+    return hook
+
+
+def layer_groups(model, head, decay):
+    """Parameter groups of an optimizer: a layer learns `decay` times as fast as the one above, as
+    early features are more general."""
+    groups = []
+    share = 1.0
+    for layer in (head, *reversed(model.encoder), model.embed):
+        matrices = [p for p in layer.parameters() if p.ndim == 2]
+        others = [p for p in layer.parameters() if p.ndim != 2]
+        groups.append({"params": matrices, "share": share, "weight_decay": 0.05})
+        groups.append({"params": others, "share": share, "weight_decay": 0.0})
+        share *= decay
+    return groups
+
+
+def descend(forward, optimizer, augmented, data, config, device):
+    """Minimizes the cross-entropy of forward(x [B,3,size,size]), scores [B,C], on augmented
+    training images. A parameter group learns at its `share` of the rate."""
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, len(data.images)))
+    per_epoch = len(data.images) // config.batch_size
+    steps = config.epochs * per_epoch
+    # In float16 small gradients would be lost, as nothing scales them here.
+    half = randsac.pick_precision("auto", device) == "float16"
+    precision = "float32" if half else "auto"
+
+    with progress(total=steps * config.batch_size, desc="training", unit="img") as bar:
+        for step in range(steps):
+            epoch, place = divmod(step, per_epoch)
+            if place == 0:
+                shuffle = seeded("cpu", config.seed, 21, epoch)
+                order = torch.randperm(len(data.images), generator=shuffle).split(config.batch_size)
+            images = data.images[order[place]].to(device)
+            labels = data.labels[order[place]].to(device)
+            x, target = augmented(images, labels, config, step)
+            with randsac.autocast(device, precision):
+                loss = F.cross_entropy(forward(x), target)
+
+            optimizer.zero_grad()
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = randsac.learning_rate(step, steps, config) * group["share"]
+            optimizer.step()
+            bar.update(config.batch_size)
+            if place + 1 == per_epoch:  # seldom, as the host waits for the device here
+                value = loss.item()
+                bar.set_postfix(epoch=epoch + 1, loss=f"{value:.4f}", refresh=False)
+                check(math.isfinite(value), f"the loss is {value} in epoch {epoch + 1}: lower --lr")
+
+
+def linear_sgd(model, data, config, device):
+    """LIN the paper's way, by MAE's recipe -> scores [m,C] of the test images, settings."""
+    # BatchNorm without scale, then a linear layer.
+    encode = functools.partial(pooled, model, 1)
+    norm = nn.BatchNorm1d(config.dim, affine=False)
+    head = nn.Sequential(norm, nn.Linear(config.dim, len(data.names))).to(device)
+    for parameter in head[1].parameters():
+        nn.init.zeros_(parameter)
+
+    def forward(x):
+        return head(encode(x)[:, 0])  # [B,3,H,W] -> [B,1,D] -> [B,C]
+
+    # MAE's optimizer is LARS, for batches of 16384 images.
+    group = {"params": head.parameters(), "share": 1.0}
+    optimizer = torch.optim.SGD([group], momentum=0.9)
+    descend(forward, optimizer, weakly, data, config, device)
+
+    # In training the features of crops had mean 0 and deviation 1. Test images are whole: theirs get
+    # them by the statistics of whole training images, in place of those gathered on crops.
+    features = outputs(encode, data.images, config.image_size, device)[:, 0].to(device)  # [n,D]
+    norm.running_mean = features.mean(0)
+    norm.running_var = features.var(0)
+    head.eval()
+    return outputs(forward, data.test_images, config.image_size, device), {"momentum": 0.9}
+
+
+def finetune(model, data, config, device, decay):
+    """FT, by the recipe above -> scores [m,C] of the test images, settings."""
+    # LayerNorm uses an image's own statistics, so none of the strongly augmented images are kept.
+    norm = nn.LayerNorm(config.dim)
+    head = nn.Sequential(norm, nn.Linear(config.dim, len(data.names))).to(device)
+    for parameter in head[1].parameters():
+        nn.init.zeros_(parameter)
+    for layer, rate in zip(model.encoder, torch.linspace(0, 0.1, config.depth).tolist()):
+        layer.attention.register_forward_hook(drop_path(rate))
+        layer.mlp.register_forward_hook(drop_path(rate))
+
+    def forward(x):
+        return head(model.encode_layers(x)[-1].mean(1))  # [B,3,H,W] -> [B,D] -> [B,C]
+
+    optimizer = torch.optim.AdamW(layer_groups(model, head, decay), fused=True)
+    model.train()
+    descend(forward, optimizer, strong_augmentation(len(data.names)), data, config, device)
+    model.eval()
+    scores = outputs(forward, data.test_images, config.image_size, device)
+    return scores, {"layer_decay": decay, "weight_decay": 0.05}
+
+
+# ------------------------------------------------------------------------------------------------
+# From scores to rows of probes.jsonl
+
+
 def accuracies(scores, labels, names):
-    """scores [m,C], labels [m] -> top1, top5 where there are more than 10 classes, each class's top-1: in percent."""
+    """scores [m,C], labels [m] -> top1, top5 where there are more than 10 classes, and the top-1 of
+    each class that has test images."""
+    scores = scores.cpu()
     hits = scores.argmax(1) == labels
-    top5 = dict(top5=percent((scores.topk(5).indices == labels[:, None]).any(1))) if len(names) > 10 else {}
-    each = {name: percent(hits[labels == c]) for c, name in enumerate(names) if (labels == c).any()}
-    return dict(top1=percent(hits), **top5, per_class=each)
+    result = {"top1": percent(hits)}
+    if len(names) > 10:
+        result["top5"] = percent((scores.topk(5).indices == labels[:, None]).any(1))
+    tested = labels.unique().tolist()
+    result["per_class"] = {names[label]: percent(hits[labels == label]) for label in tested}
+    return result
 
-def measure(model, data, config, args, device, cache, key):
-    """-> [(scores [m,C] of the test images, settings)]: a single pair, or with --protocol layers one for each layer."""
-    if args.protocol in TRAINED:
-        end_to_end, decay = args.protocol == "finetune", 1.0 if args.random_init else 0.75
-        return [train_head(model, data, config, device, end_to_end, decay)]
-    images, labels, test_images, _, names = data
+
+def measure(model, data, config, args, device):
+    """-> a row for each number that the protocol gives: what it is called, settings, accuracies."""
+
+    def row(protocol, scores, settings):
+        result = accuracies(scores, data.test_labels, data.names)
+        return {"protocol": protocol, "settings": settings, **result}
+
+    if args.protocol == "linear-sgd":
+        return [row("linear-sgd", *linear_sgd(model, data, config, device))]
+    if args.protocol == "finetune":
+        decay = 1.0 if args.from_scratch else 0.75
+        return [row("finetune", *finetune(model, data, config, device, decay))]
+
+    # One pass gives the features of all depths that are asked for.
     depths = config.depth if args.protocol == "layers" else 1
-    if args.features == "pixels":  # the solver's time grows as the cube of the number of features
-        train, test = (outputs(lambda x: x.flatten(1)[:, None], part, min(32, config.image_size), device, "pixels")
-                       for part in (images, test_images))
-    else:
-        function = functools.partial(pooled, model, depths)
-        train, test = kept_features(function, images, test_images, config.image_size, device, cache, [*key, depths])
+    function = functools.partial(pooled, model, depths)
+    size = config.image_size
+    if args.features == "pixels":
+        function = nn.Flatten()
+        size = min(size, 32)  # the solver's time grows as the cube of the number of features
     place = device if device.type == "cuda" else "cpu"  # Apple's mps lacks the solver's float64
-    train, labels, test = train.to(place), labels.to(place), test.to(place)
-    solve = knn if args.protocol == "knn" else functools.partial(linear, seed=args.seed)
-    return [solve(train[:, k], labels, test[:, k], len(names)) for k in range(depths)]
+    train = outputs(function, data.images, size, device).to(place)
+    test = outputs(function, data.test_images, size, device).to(place)
+    lin = []
+    near = []
+    for k in range(depths):
+        x = train.view(len(train), depths, -1)[:, k]
+        x_test = test.view(len(test), depths, -1)[:, k]
+        known = (x, data.labels.to(place), x_test, len(data.names))
+        lin.append(row("linear", *linear(*known, config.seed)))
+        near.append(row("knn", *knn(*known)))
+    if args.protocol == "linear":
+        return [lin[0], near[0]]
+    layers = [found["top1"] for found in lin]
+    layers_knn = [found["top1"] for found in near]
+    return [{**lin[-1], "protocol": "layers", "layers": layers, "layers_knn": layers_knn}]
 
-def show(result, path, args, floor):
-    """The number, where more of it lies, and what to run next."""
-    for k, top1 in enumerate(result.get("accuracy", [])):
-        print(f"layer {k + 1:2}  {top1:6.2f} %  " + "#" * round(top1 / 2))
-    top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-    print(f"{path.stem[6:]}: top-1 {result['top1']:.2f} %{top5} in {result['seconds']:.0f} s, more in {path}")
-    checkpoint, following = shlex.quote(str(args.checkpoint)), NEXT.get(args.protocol + floor)
-    same = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given(args, IMAGES).items()]
-    print("next: python " + (f"visualize.py all --checkpoint {checkpoint}" if following is None else
-                             " ".join(["probe.py", checkpoint, *same, following])))
+
+def add_row(path, row):
+    """Adds a row in a single write: of two probes at once, none overwrites the other's."""
+    line = json.dumps(row) + "\n"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        line = "\n" + line  # the row before was cut off, as by a full disk
+    with open(path, "ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def find_floors(path, row):
+    """-> {name: top-1} of the rows that learned nothing before, by this row's protocol, on its
+    images. A row that was cut off is skipped."""
+    same = ("protocol", "dataset", "data_dir", "image_size", "checkpoint")
+    floors = {}
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            other = json.loads(line)
+            if all(other.get(name) == row[name] for name in same):
+                if other["features"] == "pixels":
+                    floors["raw pixels"] = other["top1"]
+                elif other["random_init"]:
+                    floors["random weights"] = other["top1"]
+    return floors
+
+
+def show(row, floors):
+    for k, (lin, near) in enumerate(zip(row.get("layers", []), row.get("layers_knn", []))):
+        print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {near:6.2f} %  " + "#" * round(lin / 2))
+    words = f"{row['protocol']}: top-1 {row['top1']:.2f} %"
+    if "top5" in row:
+        words += f", top-5 {row['top5']:.2f} %"
+    if row["features"] == "encoder" and not row["random_init"]:
+        for name, top1 in floors.items():
+            words += f", from {name} {top1:.2f} %"
+    print(words)
+
+
+def next_command(args, floors):
+    """-> what to run after this probe."""
+    flags = []
+    for name, value in given(args, CONFIG_FLAGS).items():
+        flags += [randsac.flag_name(name), value]
+    following = []
+    if args.protocol == "linear":
+        following = [FLOORS[name] for name in FLOORS if name not in floors]
+        following.append(["--protocol", "layers"])
+    elif args.protocol == "finetune" and not args.from_scratch:
+        following = [["--protocol", "finetune", "--from-scratch"]]
+    if following:
+        return randsac.command_line("probe.py", args.checkpoint, *following[0], *flags)
+    return randsac.command_line("visualize.py", "all", "--checkpoint", args.checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def read_arguments(arguments):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = randsac.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    add = parser.add_argument
+    protocols = ["linear", "layers", *RECIPES]
+    words = "pixels: a floor of linear; the image itself, brought to at most 32 x 32"
+    add("checkpoint", type=randsac.user_path, help="checkpoint.pt of a run; rows go beside it")
+    add("--protocol", choices=protocols, default="linear", help="see above (default: linear)")
+    add("--random-init", action="store_true", help="a floor: random weights, not the trained ones")
+    add("--from-scratch", action="store_true", help="finetune from random weights")
+    add("--features", choices=["encoder", "pixels"], default="encoder", help=words)
+    add("--dataset", choices=randsac.DATASETS, help="probe on other images than the checkpoint's")
+    add("--data-dir", metavar="X", help="where they are or go (default: as in training, or data)")
+    add("--image-size", type=int, metavar="X", help="side of an image (default: as in training)")
+    add("--epochs", type=int, metavar="X", help="default: 90 of linear-sgd, 100 of finetune")
+    add("--batch-size", type=int, metavar="X", help="of linear-sgd and finetune (default: 256)")
+    add("--lr", type=float, metavar="X", help="default: 0.1 of linear-sgd, 0.001 of finetune")
+    add("--seed", type=int, metavar="X", help="seed of everything random (default: 0)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (default: auto)")
+    args = parser.parse_args(arguments)
+
+    # Every flag acts or is refused.
+    tuned = args.protocol == "finetune"
+    check(tuned or not args.from_scratch, "--from-scratch is for finetune: give --random-init")
+    check(not tuned or not args.random_init, "--random-init: with finetune give --from-scratch")
+    steps = args.protocol in RECIPES or not given(args, STEP_FLAGS)
+    check(steps, "--epochs, --batch-size and --lr are for linear-sgd and finetune: leave them out")
+    single = args.protocol == "linear-sgd" and args.batch_size == 1
+    check(not single, "--batch-size must be 2 or more: features are standardized over a batch")
+    alone = args.protocol == "linear" and not args.random_init
+    words = "--features pixels has no encoder: leave out --protocol and --random-init"
+    check(args.features == "encoder" or alone, words)
+    directory = args.checkpoint.is_dir()
+    check(not directory, f"{args.checkpoint} is a directory: name {args.checkpoint}/checkpoint.pt")
+    return args
+
+
+def given(args, names):
+    """-> {name: value} of the flags that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def probe_config(trained, args):
+    """The checkpoint's Config -> the probe's: which images, how linear-sgd and finetune train."""
+    # An image that is not cut in segments may have any size that the patch size divides.
+    settings = {"segments": "patch", "hierarchy": (), "last_rank": 0, "seed": 0, "device": "auto"}
+    if args.dataset not in (None, trained.dataset):
+        settings["data_dir"] = None  # Config's default
+    settings.update(RECIPES.get(args.protocol, {}))
+    settings.update(given(args, CONFIG_FLAGS))
+    return dataclasses.replace(trained, **settings)
+
+
+def load_labelled(config):
+    """-> Labelled. UserError where images are missing that a probe needs."""
+    images, labels, names = randsac.load_images(config, train=True)
+    test_images, test_labels, _ = randsac.load_images(config, train=False)
+    several = len(labels.unique()) > 1
+    check(several, f"all images of {config.data_dir} are of one class: a probe needs two or more")
+    check(len(test_labels), f"{config.data_dir} has no test images: put some in test/CLASS/")
+    return Labelled(images, labels, test_images, test_labels, names)
+
+
+def make_model(saved, trained, args, seed):
+    """-> the checkpoint's model, or one that never saw an image."""
+    torch.manual_seed(seed)
+    model = randsac.RandSAC(trained)
+    if not (args.random_init or args.from_scratch):
+        model.load_state_dict(saved["model"])
+    return model.eval().requires_grad_(args.protocol == "finetune")
+
 
 def main(arguments):
-    started, args = time.perf_counter(), read_arguments(arguments)
-    saved, trained = load_checkpoint(args.checkpoint)
-    sha256 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()  # at once: a training may replace it at any time
-    check(os.access(args.checkpoint.parent, os.W_OK), f"the result cannot be written beside {args.checkpoint}: copy it "
-          "to a folder of yours")
-    config, device = probe_config(trained, args), pick_device(args.device)
-    model, data = make_encoder(saved, trained, args).to(device), load_labelled(config)
-    floor, transfer = file_endings(args)
-    cache = args.checkpoint.with_name(f"features{'-layers' * (args.protocol == 'layers')}{floor}{transfer}.pt")
-    found = measure(model, data, config, args, device, cache, [sha256, args.random_init and ["random", args.seed]])
+    started = time.perf_counter()
+    args = read_arguments(arguments)
+    saved, trained = randsac.load_checkpoint(args.checkpoint)
+    config = probe_config(trained, args)
+    path = args.checkpoint.with_name("probes.jsonl")
+    place = path if path.exists() else path.parent
+    check(os.access(place, os.W_OK), f"{place} cannot be written to: copy the checkpoint elsewhere")
+    device = randsac.pick_device(config.device)
+    model = make_model(saved, trained, args, config.seed).to(device)
+    data = load_labelled(config)
 
-    settings = {name: getattr(config, name) for name in (*IMAGES, "seed", *TRAINED.get(args.protocol, {}))}
-    settings.update(features=args.features, random_init=args.random_init, **found[-1][1])
-    result = dict(protocol=args.protocol, **accuracies(found[-1][0], *data[3:]), settings=settings,
-                  checkpoint=str(args.checkpoint), sha256=sha256, step=saved.get("step"))
-    if args.protocol == "layers":
-        result["accuracy"] = [accuracies(scores, *data[3:])["top1"] for scores, _ in found]
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    path = args.checkpoint.with_name(f"probe-{args.protocol}{floor}{transfer}.json")
-    write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
-    show(result, path, args, floor)
+    for row in measure(model, data, config, args, device):
+        for name in RECIPES.get(args.protocol, {}):
+            row["settings"][name] = getattr(config, name)
+        for name in ("dataset", "data_dir", "image_size", "seed"):
+            row[name] = getattr(config, name)
+        row["features"] = args.features
+        row["random_init"] = args.random_init or args.from_scratch
+        row["checkpoint"] = args.checkpoint.name
+        row["sha256"] = saved["sha256"]
+        row["step"] = saved.get("step")
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        add_row(path, row)
+        floors = find_floors(path, row)
+        show(row, floors)
+    print(f"in {row['seconds']} s, added to {path}")
+    print("next:", next_command(args, floors))
+
 
 if __name__ == "__main__":
-    run_command(main)
+    randsac.run_command(main)

@@ -1,412 +1,990 @@
-"""Pictures of RandSAC: the orders and masks of any strategy, and what a trained model does. Read them beside the paper.
+"""Pictures of RandSAC: the orders and masks of any strategy, and what a trained model does.
 
-    python visualize.py                                                  # Figures 1 to 4; nothing trained is needed
-    python visualize.py segments order --segments blob --hierarchy 11 5  # strategy flags are those of randsac.py
-    python visualize.py all --checkpoint runs/NAME/checkpoint.pt         # every picture, and index.html
+    python visualize.py                                                  # Figures 1 to 4
+    python visualize.py segments order --segments blob --hierarchy 11 5  # flags of randsac.py
+    python visualize.py explore                                          # a page to try them on
+    python visualize.py all --checkpoint runs/NAME/checkpoint.pt         # all, and index.html
     python visualize.py curves runs/A runs/B                             # runs side by side
 
-With --checkpoint, a strategy flag's default is what the run had. Ranks, masks and predictions come from the functions
-that training uses. A draw_... function returns a PIL image that a notebook can show (draw_order: the frames of a GIF).
-Its docstring is the picture's title and note."""
-import dataclasses, functools, inspect, json, math
+With --checkpoint, strategy flags default to those of the run; --segments begins anew. Ranks, masks
+and predictions come from the functions that training uses. A draw_... function returns a PIL image,
+which a notebook can show (draw_order: the frames of a GIF).
+"""
+
+import base64
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import textwrap
+import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
-from randsac import (Config, RandSAC, UserError, attention_masks, check, decode, draw_shapes, load_images, make_parser,
-                     normalize, normalize_patches, patchify, run_command, sample_levels, sample_ranks, seeded,
-                     serialize, unpatchify, write_whole)
+import randsac
+from randsac import Config, UserError, check, flag_name, sample_ranks, seeded
 
-WIDTH, MARGIN, GAP = 1600, 40, 20  # of a sheet in pixels: twice what a README shows, so that it is sharp
-INK, DIM, PALE, GREY, WHITE = "#1A1A1A", "#5A5A5A", "#DDDDDD", "#C8C8C8", "#FFFFFF"
-HUES = BLUE, ORANGE, GREEN, PINK, RED, *_ = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"
-RAMP = "#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725"  # viridis
-MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}  # HUES: Okabe and Ito's, safe for every eye
-LINE, DOTS = 0, -1  # styles of a chart; a positive one is the width of bars
-STRATEGY = {"dataset", "data_dir", "image_size", "patch_size", "segments", "hierarchy", "order", "seed"}
+WIDTH = 1600  # of a page in pixels: twice what a README shows, so that it is sharp
+MARGIN = 40
+GAP = 20  # between images
+SHOWN = 256  # images at most: the first few for pictures, all for loss-by-rank
 
-# --------------------------------------------------------------------- Paper and pencil: images, sheets of them, charts
+INK = "#1A1A1A"
+DIM = "#5A5A5A"
+GREY = "#C8C8C8"
+WHITE = "#FFFFFF"
+# Okabe and Ito's colours, which colour-blind eyes can tell apart, and three more.
+BLUE = "#0072B2"
+RED = "#D55E00"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+OLIVE = "#999933"
+HUES = (BLUE, RED, INK, ORANGE, "#56B4E9", GREEN, "#8C510A", "#882255", PINK, OLIVE)
+RAMP = ("#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725")
+MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
+
+# ------------------------------------------------------------------------------------------------
+# 1. Cells, words and pages
+
+
 def blend(values, scale=RAMP):
-    """Values in 0..1 -> uint8 [...,3] on a scale of colours."""
-    values, at, stops = torch.as_tensor(values).detach(), np.linspace(0, 1, len(scale)), map(ImageColor.getrgb, scale)
-    return np.stack([np.interp(values, at, stop) for stop in zip(*stops)], -1).round().astype(np.uint8)
+    """Values in 0..1 -> colours uint8 [...,3], in between those of the scale."""
+    stops = torch.tensor([ImageColor.getrgb(code) for code in scale]).float()  # [S,3]
+    place = torch.as_tensor(values).float() * (len(scale) - 1)
+    below = place.long().clamp(max=len(scale) - 2)
+    share = (place - below)[..., None]
+    return stops[below].lerp(stops[below + 1], share).round().byte()
 
-def as_grid(tokens): return tokens.unflatten(0, (math.isqrt(len(tokens)), -1))  # [N] -> [R,C]
-def share(n): return (WIDTH - 2 * MARGIN - GAP * (n - 1)) // n  # width of n images in a row of a sheet
-def swatch(words, w, *colours): return words, heat(w, 24, blend(np.linspace(0, 1, 10), colours)[None])  # for a legend
-def photos(images): return ((images + 1) * 127.5).clamp(0, 255).round().byte().movedim(1, -1).numpy()  # [B,H,W,3]
-font = functools.lru_cache(lambda size: ImageFont.load_default(size=size))
 
-def write(image, x, y, words, size=24, fill=INK, anchor="la", align="left"):
-    ImageDraw.Draw(image).text((x, y), words, fill, font(size), anchor, spacing=10, align=align)
+GREY_PIXEL = blend(0, (GREY, GREY))
 
-def heat(w, h, cells=blend(0, [WHITE, WHITE])[None, None], labels=()):
-    """Cells uint8 [R,C,3] as an image (a photo, a heat map, by default a white page), labels [R][C] where legible."""
-    (R, C), image = cells.shape[:2], Image.fromarray(np.ascontiguousarray(cells)).resize((w, h), Image.NEAREST)
-    size = min(30, int(0.55 * h / R))
-    fits = size >= 18 and all(font(size).getlength(label) < 0.95 * w / C for row in labels for label in row)
-    for r, c in np.ndindex(R, C) if fits and len(labels) else ():
-        ink = WHITE if cells[r, c] @ [0.3, 0.59, 0.11] < 110 else INK
-        write(image, (c + 0.5) * w / C, (r + 0.5) * h / R, labels[r][c], size, ink, "mm")
+
+def photos(images):
+    """Images float [B,3,H,W] in [-1, 1] -> uint8 [B,H,W,3]."""
+    return ((images + 1) * 127.5).clamp(0, 255).round().byte().movedim(1, -1)
+
+
+def as_grid(tokens):
+    """[N] -> [R,C]"""
+    return tokens.unflatten(0, (math.isqrt(len(tokens)), -1))
+
+
+def column(count):
+    """-> the width of `count` images side by side on a page."""
+    return (WIDTH - 2 * MARGIN - GAP * (count - 1)) // count
+
+
+def reveal(photo, keep, behind=GREY_PIXEL):
+    """The tokens keep [R,C] of a photo uint8 [H,W,3], before another photo or grey."""
+    P = len(photo) // len(keep)
+    pixels = keep.repeat_interleave(P, 0).repeat_interleave(P, 1)  # [H,W]
+    return torch.where(pixels[..., None], photo, behind)
+
+
+def enlarge(cells, width, height=None):
+    """Cells uint8 [R,C,3] of a photo, a map or a mask -> an image. By default they are square."""
+    if height is None:
+        height = width * cells.shape[0] // cells.shape[1]
+    return Image.fromarray(cells.numpy()).resize((width, height), Image.NEAREST)
+
+
+def outline(image, ids, colour=WHITE, width=1):
+    """Draws lines inside of cells [R,C], where those of another id begin. Id 0 has none."""
+    W, H = image.size
+    large = F.interpolate(ids[None, None].float(), (H, W))[0, 0]  # [H,W]
+    around = F.pad(large, [width] * 4)
+    edge = torch.zeros(H, W, dtype=torch.bool)
+    for y, x in itertools.product((0, width, 2 * width), repeat=2):
+        edge = edge | (around[y : y + H, x : x + W] != large)
+    edge = edge & (large > 0)
+    image.paste(colour, mask=to_pil_image(edge.byte() * 255))
     return image
 
-def frame(image, ids, fill=WHITE, width=2):
-    """Draws lines between cells of different ids [R,C] -> image. Outside the id is 0: others are framed there too."""
-    (R, C), ids, pen = ids.shape, np.pad(np.asarray(ids, int), 1), ImageDraw.Draw(image)
-    w, h = image.width / C, image.height / R
-    for down, right in (1, 0), (0, 1):
-        for r, c in np.argwhere(ids[down:, right:] != ids[:R + 2 - down, :C + 2 - right]):
-            pen.line([(c - down) * w, (r - right) * h, c * w, r * h], fill, width)
+
+font = functools.cache(ImageFont.load_default)
+
+
+def letters(words):
+    """The font has only ASCII: an ä is written as a, and what has no such likeness as ?."""
+    parts = unicodedata.normalize("NFKD", words)
+    bare = "".join(letter for letter in parts if not unicodedata.combining(letter))
+    return bare.encode("ascii", "replace").decode()
+
+
+def shorten(words, most):
+    """A long name loses its middle."""
+    if len(words) <= most:
+        return words
+    half = (most - 3) // 2
+    return f"{words[:half]}...{words[-half:]}"
+
+
+def write(image, place, words, size=24, colour=INK, anchor="la", align="left", halo=0):
+    pen = ImageDraw.Draw(image)
+    edge = {"stroke_width": halo, "stroke_fill": WHITE}
+    pen.text(place, letters(words), colour, font(size), anchor, 10, align, **edge)
+
+
+def text_width(words, size=24):
+    return max(font(size).getlength(letters(line)) for line in words.split("\n"))
+
+
+def fitting_size(words, width, most=24):
+    """-> the largest font size in which all words fit; 0: they would not be legible."""
+    for size in range(most, 15, -1):
+        if all(text_width(word, size) <= width for word in words):
+            return size
+    return 0
+
+
+def write_in_cells(image, cells, labels):
+    """Writes labels [R][C] into the cells uint8 [R,C,3] of an image, where they fit."""
+    rows, columns, _ = cells.shape
+    w = image.width / columns
+    h = image.height / rows
+    size = fitting_size(set(itertools.chain(*labels)), 0.9 * w, most=min(30, int(0.55 * h)))
+    dark = cells.float() @ torch.tensor([0.3, 0.59, 0.11]) < 110  # [R,C]
+    for r, c in itertools.product(range(rows), range(columns)):
+        if size:
+            ink = WHITE if dark[r, c] else INK
+            write(image, ((c + 0.5) * w, (r + 0.5) * h), labels[r][c], size, ink, "mm")
+
+
+def token_map(ranks, width, scale=RAMP):
+    """Ranks [N] as a grid of tokens, coloured and numbered by rank."""
+    grid = as_grid(ranks)
+    cells = blend(grid / max(1, grid.max()), scale)
+    image = outline(enlarge(cells, width), grid + 1)
+    write_in_cells(image, cells, [[str(rank) for rank in row] for row in grid.tolist()])
     return image
 
-def arrow(image, a, b, fill, edge):
-    """From near a to near b [2], bowed to pass by what lies between. None where two segments have one centre."""
-    if (a == b).all():
-        return
-    t, pen = np.linspace(0, 1, 50)[:, None], ImageDraw.Draw(image)
-    curve = a + t * (b - a) + t * (1 - t) * (b - a)[::-1] * (-0.5, 0.5)
-    curve = curve[np.linalg.norm(curve - b, axis=1) > min(34, 0.3 * np.linalg.norm(b - a))]  # b is under a disc
-    for colour, width in (edge, 9), (fill, 4):
-        pen.line([tuple(point) for point in curve], colour, width, "curve")
-    pen.regular_polygon((*curve[-1], 13), 3, math.degrees(math.atan2(*(curve[-2] - curve[-1]))), fill, edge, 2)
 
-def sheet(draw, *rows, **values):
-    """Rows of (words, image) under a title and a note, the docstring of a draw_... function with its {values}."""
-    title, _, note = inspect.cleandoc(draw.__doc__).format(**values).partition("\n")
-    heights = [max(image.height + 36 * len(words.splitlines()) for words, image in row) + 28 for row in rows]
-    page, y = heat(WIDTH, 132 + 36 * note.count("\n") + sum(heights)), 132 + 36 * note.count("\n")
-    write(page, MARGIN, 24, title, 38)
-    write(page, MARGIN, 80, note, 26, DIM)
-    for row, height in zip(rows, heights):
+def swatch(words, width, scale):
+    """-> (words, image): what colours mean."""
+    return words, enlarge(blend(torch.linspace(0, 1, 10), scale)[None], width, 24)
+
+
+def sheet(title, note, rows):
+    """Rows of (words, image), the words above, under a title and a note -> a page."""
+    note = textwrap.fill(" ".join(note.split()), 120)
+
+    # How high the words of each row are, and its images.
+    heads = [36 * max(len(words.splitlines()) for words, _ in row) for row in rows]
+    heights = [max(image.height for _, image in row) + 28 for row in rows]
+    y = 132 + 36 * note.count("\n")
+    page = Image.new("RGB", (WIDTH, y + sum(heads) + sum(heights)), WHITE)
+    write(page, (MARGIN, 24), title, 38)
+    write(page, (MARGIN, 80), note, 26, DIM)
+    for row, head, height in zip(rows, heads, heights):
         x = MARGIN
         for words, image in row:
-            write(page, x, y, words, 25)
-            page.paste(image, (x, y + 36 * len(words.splitlines())))
+            write(page, (x, y), words, 25)
+            page.paste(image, (x, y + head))
             x += image.width + GAP
-        y += height
-    page.info["title"] = title  # for index.html
+        y += head + height
     return page
 
-def token_map(ranks, side, colours=None):
-    """Ranks [N] as a grid of tokens, coloured and numbered by rank."""
-    grid, colours = as_grid(ranks).numpy(), blend(np.linspace(0, 1, ranks.max() + 1)) if colours is None else colours
-    return frame(heat(side, side * len(grid) // len(grid[0]), colours[grid], grid.astype(str)), grid + 1)
 
-def reveal(photo, keep, behind=blend(0, [GREY, GREY])):
-    """The tokens keep [R,C] of a photo uint8 [H,W,3], before another photo or grey."""
-    return np.where(np.kron(keep, np.ones([len(photo) // len(keep)] * 2))[..., None] > 0, photo, behind)
+# ------------------------------------------------------------------------------------------------
+# 2. A chart
+
+
+class Series(NamedTuple):
+    """What one colour of a chart shows. Bars of several series stand side by side."""
+
+    xs: list
+    ys: list
+    colour: str
+    style: str  # line, dots, bars
+    label: str = ""  # in the legend
+
 
 def ticks(low, high, most):
-    step = next(m * 10.0 ** e for e in range(-12, 12) for m in (1, 2, 5) if (high - low) / (m * 10.0 ** e) <= most)
-    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    """-> the round numbers from low to high, about `most` of them."""
+    for exponent, digit in itertools.product(range(-12, 40), (1, 2, 5)):
+        step = digit * 10.0**exponent
+        if (high - low) / step <= most:
+            numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
+            return [round(i * step, 12) for i in numbers]
 
-def chart(h, x_label, series, names=None):
-    """Lines, dots and bars. Series: (xs, ys, colour, style) each. Names {x: word} replace the numbers on the axis."""
-    edges = [x + side * max(0, style) for xs, _, _, style in series for x in xs for side in (-0.75, 0.75)]
-    x0, x1, ys = min(edges), max(*edges, min(edges) + 1), [y for _, ys, *_ in series for y in ys]
-    bars = any(style > 0 for *_, style in series)
-    low, high, foot = 0 if bars else min(ys), max(ys), h - (160 if names else 88)
-    room = 0.12 * (high - low) or abs(high) or 1
-    y0, y1, unit, image = low - room * (low != 0), high + room, 1360 / (x1 - x0), heat(share(1), h)
-    pen, place = ImageDraw.Draw(image), lambda x, y: (112 + unit * (x - x0), 8 + (foot - 8) * (y1 - y) / (y1 - y0))
-    for y in ticks(y0, y1, h / 80):
-        pen.line([place(x0, y), place(x1, y)], PALE, 2)
-        write(image, 100, place(x0, y)[1], f"{y:g}", 24, DIM, "rm")
-    for x in names or [x for x in ticks(x0, x1, 12) if not bars or x == round(x)]:
-        write(image, place(x, y0)[0], foot + 12, names[x] if names else f"{x:g}", 24, DIM, "ma", "center")
-    pen.line([place(x0, y1), place(x0, y0), place(x1, y0)], DIM, 2)
-    write(image, share(1), h - 4, x_label, 24, DIM, "rd")
-    for xs, ys, colour, style in series:
-        points = [place(x, y) for x, y in zip(xs, ys)]
-        if style == LINE:
-            pen.line(points, colour, 4, "curve")
-        for i, (x, y) in enumerate(points if style > 0 else ()):
-            pen.rectangle([x - style * unit / 2, y, x + style * unit / 2 - 2, foot], colour)
-            if i % math.ceil(80 / (style * unit)) == 0:  # so that numbers never touch
-                write(image, x, y - 6, f"{ys[i]:.3g}", anchor="mb")
-        for x, y in points if style == DOTS or len(points) == 1 and style == LINE else ():
-            pen.ellipse([x - 9, y - 9, x + 9, y + 9], colour, WHITE, 2)
+
+def draw_legend(image, series):
+    """-> where the room below the legend begins."""
+    x = 0
+    y = -48
+    for one in series:
+        width = 84 + text_width(one.label)
+        if y < 0 or x + width > image.width:
+            x = 0
+            y += 48
+        ImageDraw.Draw(image).rectangle([x, y + 4, x + 28, y + 24], one.colour)
+        write(image, (x + 40, y), one.label)
+        x += width
+    return y + 48
+
+
+def chart(width, height, series, x_label, y_label, names=None):
+    """Series as lines, dots and bars -> an image. Names {x: words} replace the numbers below."""
+    image = Image.new("RGB", (width, height), WHITE)
+    pen = ImageDraw.Draw(image)
+    bars = [one for one in series if one.style == "bars"]
+
+    # The part of the plane that is shown. Bars are whole and begin at zero.
+    xs = [x for one in series for x in one.xs]
+    ys = [y for one in series for y in one.ys]
+    left = min(xs)
+    right = max(*xs, left + 1)
+    room = 0.12 * (max(ys) - min(ys))
+    if room == 0:
+        room = 0.1
+    low = min(ys) - room
+    high = max(ys) + room
+    if bars:
+        left = round(min(xs)) - 0.5
+        right = round(max(xs)) + 0.5
+        low = 0
+
+    # Where it lies in the image.
+    legend = draw_legend(image, [one for one in series if one.label])
+    write(image, (0, legend), y_label)
+    top = legend + 48
+    foot = height - (150 if names else 76)
+    x_unit = (width - 152) / (right - left)
+    y_unit = (foot - top) / (high - low)
+
+    def place(x, y):
+        return 112 + x_unit * (x - left), foot - y_unit * (y - low)
+
+    # Axes, with round numbers or names.
+    for y in ticks(low, high, (foot - top) / 80):
+        pen.line([place(left, y), place(right, y)], "#DDDDDD", 2)
+        write(image, (100, place(left, y)[1]), f"{y:g}", 24, DIM, "rm")
+    size = 24
+    if names:
+        size = max(16, fitting_size(names.values(), x_unit - 8))
+    else:
+        names = {x: f"{x:g}" for x in ticks(left, right, 12) if not bars or x == round(x)}
+    for x, words in names.items():
+        write(image, (place(x, low)[0], foot + 12), words, size, DIM, "ma", "center")
+    pen.line([112, top, 112, foot, width - 40, foot], DIM, 2)
+    write(image, (width, height - 4), x_label, 24, DIM, "rd")
+
+    # The bars of one x stand side by side and fill four fifths of its room.
+    bar = 0.8 / max(1, len(bars))
+    numbers = []
+    for i, one in enumerate(bars):
+        for x, y in zip(one.xs, one.ys):
+            start, head = place(x - 0.4 + bar * i, y)
+            end = start + bar * x_unit - 2
+            pen.rectangle([start, head, end, foot], one.colour)
+            numbers.append((((start + end) / 2, head - 6), f"{y:#.3g}".rstrip(".")))
+    for one in series:
+        points = [place(x, y) for x, y in zip(one.xs, one.ys)]
+        if one.style == "line":
+            pen.line(points, one.colour, 4, "curve")
+        if one.style == "dots" or (one.style == "line" and len(points) == 1):
+            for x, y in points:
+                pen.ellipse([x - 9, y - 9, x + 9, y + 9], one.colour, WHITE, 2)
+
+    # Numbers over all bars, or over none where two could touch.
+    size = fitting_size([words for _, words in numbers], bar * x_unit - 8)
+    for where, words in numbers:
+        if size:
+            write(image, where, words, size, anchor="mb", halo=4)
     return image
 
-# --------------------------------------------------------------------------------------- Pictures that need no training
-def draw_segments(photo, config):
-    """What is predicted when, by strategy (Figure 2)
-    A cell is a token, its number and colour are its rank. Tokens of one rank form a segment and are predicted
-    together, from those of lower rank. Rank 0 is given."""
-    panels = [("(a) image\n ", heat(share(4), share(4), photo))]
-    for i, (words, strategy) in enumerate({
-            "(b) pixel raster": Config(image_size=16, patch_size=1, segments="patch", order="raster"),
-            "(c) patch raster": Config(segments="patch", order="raster"), "(d) patch random": Config(segments="patch"),
-            "(e) square, M = 2": Config(hierarchy=(16,)), "(f) blob, K = 5": Config(segments="blob", hierarchy=(5,)),
-            "scatter, K = 5 (Table 5)": Config(segments="scatter", hierarchy=(5,)),
-            f"yours: {config.segments} {' -> '.join(map(str, config.hierarchy))}": config}.items()):
-        ranks = sample_ranks(strategy, 1, generator=seeded("cpu", config.seed, i))[0]
-        panels.append((f"{words}\n{len(ranks)} tokens, {ranks.max() + 1} segments", token_map(ranks, share(4))))
-    return sheet(draw_segments, panels[:4], panels[4:], [swatch("predicted first ... last", 300, *RAMP)])
 
-def traversal(fine, coarse, ranks, side):
-    """Segments, partitions, ranks [N] -> a map with arrows from segment to segment, and how often they leave."""
-    grid, centres, homes, cells = as_grid(ranks), [], [], np.zeros((len(ranks), 3), np.uint8)
-    for hue, home in zip(HUES * len(ranks), coarse.unique()):
-        segments = fine[coarse == home].unique()
-        for shade, segment in zip(np.linspace(0, 0.65, len(segments)), segments):
-            cells[fine == segment] = blend(shade, [hue, WHITE])
-    image = frame(heat(side, side, cells.reshape(*grid.shape, 3)), grid + 1)
-    for k in range(ranks.max() + 1):
-        tokens = (grid == k).nonzero().double().numpy() + 0.5  # [n,2], rows and columns
-        far = np.linalg.norm(tokens - tokens.mean(0), axis=1)  # the mean may lie outside of a bent segment
-        centres.append(tokens[far < far.min() + 1e-6].mean(0)[::-1] * side / len(grid))
-        homes.append(coarse[ranks == k][0].item())  # the partition that the segment is in
-    stays = [a == b for a, b in zip(homes, homes[1:])]
-    for a, b, stay in [*zip(centres, centres[1:], stays)][::-1]:  # backwards, so that none covers an earlier one's head
-        arrow(image, a, b, *(INK, WHITE) if stay else (WHITE, INK))
+# ------------------------------------------------------------------------------------------------
+# 3. Pictures that need no training
+
+
+STRATEGIES = {
+    "pixel raster": {"image_size": 16, "patch_size": 1, "segments": "patch", "order": "raster"},
+    "patch raster": {"segments": "patch", "order": "raster"},
+    "patch random": {"segments": "patch"},
+    "square 16": {"segments": "square", "hierarchy": (16,)},
+    "square 16 -> 4": {"segments": "square", "hierarchy": (16, 4)},
+    "blob 11 -> 5": {"segments": "blob", "hierarchy": (11, 5)},
+    "scatter 9": {"segments": "scatter", "hierarchy": (9,)},
+    "mae": {"segments": "mae"},
+}
+ORDER_FLAGS = ("image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed")
+
+
+def describe(config):
+    """-> {"yours: blob 11 -> 5": what is not the default}, as in STRATEGIES."""
+    name = f"yours: {config.segments} {' -> '.join(map(str, config.hierarchy))}"
+    changed = [flag for flag in ORDER_FLAGS if getattr(config, flag) != getattr(Config(), flag)]
+    return {name.strip(): {flag: getattr(config, flag) for flag in changed}}
+
+
+def draw_segments(photo, config):
+    """A photo uint8 [H,W,3], and an order of every strategy, yours (config) last."""
+    panels = [("image", enlarge(photo, column(5)))]
+    for i, (words, settings) in enumerate({**STRATEGIES, **describe(config)}.items()):
+        generator = seeded("cpu", config.seed, i)
+        ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
+        words = f"{words}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
+        panels.append((words, token_map(ranks, column(5))))
+    title = "What is predicted when, by strategy (Figure 2)"
+    note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
+        segment and are predicted together, from those of lower rank. Rank 0 is given. Scatter is
+        the control of Table 5, mae the baseline of Tables 7 and 8."""
+    key = swatch("predicted first ... last", 300, RAMP)
+    return sheet(title, note, [panels[:5], panels[5:], [key]])
+
+
+def arrow(image, start, end, colour, edge):
+    """From near start to near end, both [2] (x, y), bowed to pass by what lies between."""
+    way = end - start
+    if way.norm() == 0:  # two segments with one centre
+        return
+    t = torch.linspace(0, 1, 50)[:, None]
+    bow = way.flip(0) * torch.tensor([-0.5, 0.5])  # across the way
+    curve = start + t * way + t * (1 - t) * bow  # [50,2]
+
+    # Its end would lie under the disc that marks a segment.
+    far = (curve - end).norm(dim=1) > min(34, 0.3 * way.norm())
+    points = [tuple(point) for point in curve[far].tolist()]
+    pen = ImageDraw.Draw(image)
+    pen.line(points, edge, 9, "curve")
+    pen.line(points, colour, 4, "curve")
+    back = curve[far][-2] - curve[far][-1]
+    angle = math.degrees(math.atan2(back[0], back[1]))
+    pen.regular_polygon((*points[-1], 13), 3, angle, colour, edge, 2)
+
+
+def traversal(segments, partitions, ranks, width):
+    """Segments, partitions and ranks [N] -> a map with arrows from segment to segment, and how
+    often they leave a partition."""
+    # A hue for each partition, a shade for each of its segments.
+    grid = as_grid(ranks)
+    cells = torch.zeros(*grid.shape, 3, dtype=torch.uint8)
+    hues = itertools.cycle((BLUE, ORANGE, GREEN, PINK, RED, OLIVE))
+    for hue, partition in zip(hues, partitions.unique()):
+        inside = segments[partitions == partition].unique()
+        for shade, segment in zip(torch.linspace(0, 0.65, len(inside)), inside):
+            cells[as_grid(segments == segment)] = blend(shade, [hue, WHITE])
+    image = outline(enlarge(cells, width), grid + 1)
+
+    # The centre of a segment lies inside it, however bent it is: its tokens nearest to the mean.
+    centres = []
+    homes = []
+    for rank in range(ranks.max() + 1):
+        tokens = (grid == rank).nonzero() + 0.5  # [n,2]: row, column
+        far = (tokens - tokens.mean(0)).norm(dim=1)
+        middle = tokens[far < far.min() + 1e-5].mean(0)
+        centres.append(middle.flip(0) * width / len(grid))  # x, y
+        homes.append(partitions[ranks == rank][0].item())
+
+    # Backwards, so that no arrow covers the head of an earlier one.
+    leaves = 0
+    for k in reversed(range(1, len(centres))):
+        if homes[k - 1] == homes[k]:
+            arrow(image, centres[k - 1], centres[k], INK, WHITE)
+        else:
+            arrow(image, centres[k - 1], centres[k], WHITE, INK)
+            leaves += 1
     for k, centre in enumerate(centres):
-        ImageDraw.Draw(image).ellipse([*(centre - 22), *(centre + 22)], WHITE if k else INK, INK, 2)
-        write(image, *centre, str(k), 24, INK if k else WHITE, "mm")
-    return image, f"leaves a partition in {stays.count(False)} of {len(stays)} steps"
+        disc, ink = (WHITE, INK) if k else (INK, WHITE)
+        ImageDraw.Draw(image).circle(centre.tolist(), 22, disc, INK, 2)
+        write(image, centre.tolist(), str(k), 24, ink, "mm")
+    return image, f"leaves a partition in {leaves} of {len(homes) - 1} steps"
+
 
 def draw_hierarchy(config):
-    """Flat and hierarchical serialization (Figure 3)
-    Hue: partition. Shade: segment. Arrows: order of prediction, white where they leave a partition, which a
-    hierarchical order does only when all its segments are done."""
+    """Squares and blobs in flat and hierarchical order, and config's segments if in partitions."""
+    strategies = {"square": Config(), "blob": Config(segments="blob")}
+    if len(config.hierarchy) > 1:
+        strategies[config.segments] = config
     rows = []
-    for i, shown in enumerate([Config(hierarchy=(16, 4)), Config(segments="blob", hierarchy=(11, 5))]):
-        shown = config if config.segments == shown.segments and len(config.hierarchy) > 1 else shown
+    for i, shown in enumerate(strategies.values()):
         generator = seeded("cpu", config.seed, i)
-        levels = sample_levels(shown, 1, generator=generator)
-        rows.append([])
-        for name, used in ("flat", levels[:1]), ("hierarchical", levels):
-            ranks = serialize(used, config.order, generator)[0]
-            image, leaves = traversal(levels[0][0], levels[-1][0], ranks, share(2))
-            counts = " -> ".join(map(str, shown.hierarchy[:len(used)]))
-            rows[-1].append((f"{shown.segments}, {name}: {counts}\n{leaves}", image))
-    return sheet(draw_hierarchy, *rows)
+        levels = randsac.sample_levels(shown, 1, generator=generator)
+        row = []
+        for name, used in (("flat", levels[:1]), ("hierarchical", levels)):
+            ranks = randsac.serialize(used, config.order, generator)[0]
+            image, leaves = traversal(levels[0][0], levels[-1][0], ranks, column(2))
+            counts = " -> ".join(map(str, shown.hierarchy[: len(used)]))
+            row.append((f"{shown.segments}, {name}: {counts}\n{leaves}", image))
+        rows.append(row)
+    title = "Flat and hierarchical serialization (Figure 3)"
+    note = """Hue: partition. Shade: segment. Arrows: order of prediction, white where they leave a
+        partition, which a hierarchical order does only when all its segments are done."""
+    return sheet(title, note, rows)
 
-def draw_order(photo, ranks, predicted=None, most=64):  # photos uint8 [H,W,3], ranks [N]; at `most` so many frames
-    """Segment by segment: what is given, what comes next (Figure 1)
-    Step {step} of {last}. Outlined: what this step predicts, from all that is given. The end: the whole image."""
-    grid, last, side, frames = as_grid(ranks), ranks.max().item(), share(2), []
-    words = "ranks: when each token is predicted" if predicted is None else "predicted, each segment from true pixels"
-    for step in sorted({round(step) for step in np.linspace(1, last + 1, min(last + 1, most))}):  # ends with all given
-        given = frame(heat(side, side, reveal(photo, grid < step)), torch.where(grid >= step, grid + 1, 0), "#E8E8E8")
-        right = token_map(ranks, side) if predicted is None else heat(side, side, reveal(predicted, grid <= step))
-        row = [("given: true pixels", frame(given, grid == step, RED, 6)), (words, frame(right, grid == step, RED, 6))]
-        frames.append(sheet(draw_order, row, step=min(step, last), last=last).reduce(2))
-    palette = Image.fromarray(np.vstack([frames[0], frames[-1]])).quantize(dither=0)  # one for all: a far smaller GIF
-    return [image.quantize(palette=palette, dither=0) for image in frames]
 
-def mask_panels(ranks, side, colours, order):
-    """Source, target and memory mask of ranks [N], with bands in the colours of the ranks on both axes."""
-    first, last, thick, panels = ranks == 0, ranks == ranks.max(), 1 + len(ranks) // 20, []
-    left_out = dict(source=last[:, None] | last, target=first[:, None] | first, memory=first[:, None] | last)
-    for (name, out), mask in zip(left_out.items(), attention_masks(ranks)):
-        cells = blend(torch.where(out, 2, mask.long()) / 2, [*MASK.values()])
-        cells = np.pad(cells, ((thick, 0), (thick, 0), (0, 0)), constant_values=255)
-        cells[:thick, thick:], cells[thick:, :thick] = colours[ranks], colours[ranks][:, None]
-        size = side // len(cells) * len(cells) if 4 * len(cells) < side else side  # few cells: all alike
-        panels.append((f"{name} mask\n{order}", heat(size, size, cells)))
+def some_steps(last, most):
+    """-> the steps 1 to last or, where they are more than `most`, only so many of them, evenly."""
+    return torch.linspace(1, last, min(last, most)).round().int().tolist()
+
+
+def draw_order(photo, ranks, predicted=None, most=64):
+    """A photo uint8 [H,W,3], its predictions alike, ranks [N] -> frames of a GIF, one a step."""
+    grid = as_grid(ranks)
+    last = ranks.max().item()
+    title = "Segment by segment: what is given, what comes next (Figure 1)"
+    in_numbers = token_map(ranks, column(2))
+    frames = []
+    for step in some_steps(last + 1, most):  # in the end all is given
+        given = enlarge(reveal(photo, grid < step), column(2))
+        outline(given, (grid + 1) * (grid >= step), "#E8E8E8")
+        if predicted is None:
+            words = "ranks: when each token is predicted"
+            right = in_numbers.copy()
+        else:
+            words = "predicted, each segment from true pixels"
+            right = enlarge(reveal(predicted, grid <= step), column(2))
+        outline(given, grid == step, RED, 6)
+        outline(right, grid == step, RED, 6)
+        note = f"""Step {min(step, last)} of {last}. Outlined: what this step predicts, from all
+            that is given. The end: the whole image."""
+        page = sheet(title, note, [[("given: true pixels", given), (words, right)]])
+        frames.append(page.reduce(2))
+
+    # One palette for all makes a far smaller file.
+    ends = torch.cat([pil_to_tensor(frames[0]), pil_to_tensor(frames[-1])], 1)
+    palette = to_pil_image(ends).quantize()
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+
+def mask_panels(ranks, width, order, scale=RAMP):
+    """Source, target and memory mask of ranks [N], the colours of the ranks along their sides."""
+    first = ranks == 0
+    last = ranks == ranks.max()
+    left_out = (last[:, None] | last, first[:, None] | first, first[:, None] | last)  # [N,N] each
+    thick = 1 + len(ranks) // 20
+    bands = blend(ranks / max(1, ranks.max()), scale)  # [N,3]
+    panels = []
+    for i, mask in enumerate(randsac.attention_masks(ranks)):
+        kind = torch.where(left_out[i], 2, mask.long())  # as in MASK
+        cells = F.pad(blend(kind / 2, MASK.values()), (0, 0, thick, 0, thick, 0), value=255)
+        cells[:thick, thick:] = bands
+        cells[thick:, :thick] = bands[:, None]
+        if len(cells) <= width:  # all cells alike
+            width = width - width % len(cells)
+        panels.append((f"{('source', 'target', 'memory')[i]} mask\n{order}", enlarge(cells, width)))
     return panels
 
+
 def draw_masks(ranks):
-    """Attention masks: who may look at whom (Figure 4)
-    Row i may look at column j where the cell is blue. Bands: colours of the ranks. Serialized, that is sorted by rank,
-    masks are made of blocks; in raster order they hold the same, less visibly. Left out are the last segment in the
-    encoder, as nothing comes after it, and the first in the decoder, as nothing comes before it."""
-    few, hues, rows = torch.tensor([2, 0, 1, 2, 0, 1]), blend([0, 0.5, 1], [GREEN, BLUE, RED]), []
-    for r, side, colours in (few, share(7), hues), (ranks, share(4), blend(np.linspace(0, 1, ranks.max() + 1))):
-        rows.append([(f"ranks\n{len(r)} tokens", token_map(r, side, colours)),
-                     *mask_panels(r.sort().values, side, colours, "serialized")])
-        rows.append([("", heat(side, 1)), *mask_panels(r, side, colours, "raster order")])
-    return sheet(draw_masks, rows[0] + rows[1][1:], *rows[2:], [swatch(w, 200, c, c) for w, c in MASK.items()])
+    """The masks of six tokens, as in Figure 4, and those of ranks [N]."""
+    few = torch.tensor([2, 0, 1, 2, 0, 1])
+    hues = (GREEN, BLUE, RED)
+    top = [("ranks\n6 tokens", token_map(few, column(7), hues))]
+    top += mask_panels(few.sort().values, column(7), "serialized", hues)
+    top += mask_panels(few, column(7), "raster order", hues)
+    middle = [(f"ranks\n{len(ranks)} tokens", token_map(ranks, column(4)))]
+    middle += mask_panels(ranks.sort().values, column(4), "serialized")
+    blank = Image.new("RGB", (column(4), 1), WHITE)
+    bottom = [("", blank)] + mask_panels(ranks, column(4), "raster order")
+    key = [swatch(words, 200, (colour, colour)) for words, colour in MASK.items()]
+    title = "Attention masks: who may look at whom (Figure 4)"
+    note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks.
+        Serialized, that is sorted by rank, masks are made of blocks; in raster order they hold the
+        same, less visibly. Left out are the last segment in the encoder, as nothing comes after it,
+        and the first in the decoder, as nothing comes before it."""
+    return sheet(title, note, [top, middle, bottom, key])
 
-# ------------------------------------------------------------------------------------------ Pictures of a trained model
-def predict(model, images, ranks):
-    """-> predictions as photos, squared errors of tokens [B,N] (NaN if given), squared errors of predicting zero."""
-    tokens, guess = patchify(images, model.config.patch_size), model.predict(images, ranks)
-    pixels, target = guess, tokens
-    if model.config.target == "normalized":  # to see pixels, borrow what was not predicted: true mean and deviation
-        pixels = guess * (tokens.var(-1, keepdim=True) + 1e-6).sqrt() + tokens.mean(-1, keepdim=True)
-        target = normalize_patches(tokens)
-    pixels = unpatchify(pixels.where(ranks[..., None] > 0, tokens), model.config.patch_size)
-    return photos(pixels), (guess - target).square().mean(-1), target.square().mean(-1)
 
-def draw_predictions(model, images, ranks):  # images float [B,3,H,W], ranks [B,N]
-    """Predictions, segment by segment (Sections 4 and 5)
-    Outlined: predicted, from the true pixels shown. Grey: unknown; in the error: given. Normalized patches are shown
-    with their true mean and deviation, which the model does not predict (as in MAE's demo)."""
-    rows, square, (predicted, errors, _) = [], functools.partial(heat, *[share(8)] * 2), predict(model, images, ranks)
-    worst = errors.nan_to_num(0).max().item() or 1
-    for photo, r, guess, error in zip(photos(images), map(as_grid, ranks), predicted, map(as_grid, errors)):
-        last, given = r.max().item(), reveal(photo, r == 0)
-        row = {"target image": square(photo), "given": square(given)}
-        for k in sorted({round(k) for k in np.linspace(1, last, min(last, 4))}):
-            row[f"rank {k} of {last}"] = frame(square(reveal(guess, r == k, reveal(photo, r < k))), r == k, RED, 4)
-        row["all predicted"] = square(reveal(guess, r > 0, given))
-        cells = reveal(blend(error.nan_to_num(0) / worst), r > 0)
-        row[f"error {error.nanmean():.2f}"] = square(cells)
-        rows.append(row.items())
-    return sheet(draw_predictions, *rows, [swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600, *RAMP)])
+# ------------------------------------------------------------------------------------------------
+# 4. Pictures of a trained model
 
-def draw_skips(model):
-    """Trainable skip connections (Section 4.2)
-    Decoder layer l reads Z[l], the sum over k of W[l,k] H[k], where H[k] is what encoder layer k puts out.
-    Blue: below zero. Orange: above."""
-    check(model.config.skip, "the model has no skip connections: train one without --no-skip")
-    W, rows, (D, E) = model.skip, [], model.skip.shape
-    for words, values in ("W", W), ("W less its initialization", W - RandSAC(model.config).skip):
-        cells = blend(values / (values.abs().max() or 1) / 2 + 0.5, [BLUE, WHITE, ORANGE])
-        cells = np.pad(cells, ((1, 0), (1, 0), (0, 0)), constant_values=255)
-        labels = [["", *(f"H[{k + 1}]" for k in range(E))]]
-        labels += [[f"Z[{l + 1}]", *(f"{value:.2f}" for value in row)] for l, row in enumerate(values.tolist())]
-        rows.append([(words, heat(share(1), 56 * (D + 1), cells, labels))])
-    return sheet(draw_skips, *rows)
-
-def attention_weights(model, run):
-    """-> [L,heads,n,n]: the weights of each encoder layer, for the first image, while run() uses the model."""
-    kept = []
-    hooks = [layer.attention.register_forward_pre_hook(lambda layer, x: kept.append(layer.weights(*x)[0]))
-             for layer in model.encoder]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(kept)
-
-def draw_attention(model, images, ranks, token=None):  # images float [1,3,H,W], ranks [1,N]
-    """Where a token looks (Section 4.1)
-    The outlined token (rank {rank}): a row for each encoder layer, the first on top, a column for each head. Left: in
-    pre-training, which hides later segments (grey) and leaves out the last. Right: in probing. A scale for each map."""
-    grid, N = as_grid(torch.arange(ranks.shape[1])), ranks.shape[1]
-    far = (torch.cartesian_prod(*[torch.arange(len(grid))] * 2) - len(grid) // 2).abs().sum(1)  # from the middle
-    token = far.where(ranks[0] < ranks.max(), N).argmin().item() if token is None else token
-    check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
-    masked = attention_weights(model, lambda: model.predict(images, ranks))[:, :, token]  # [L,heads,N]
-    free = attention_weights(model, lambda: model.encode(images))[:, :, token]
-    hidden, (L, H, _) = ~attention_masks(ranks)[0][0, token].numpy(), masked.shape
-    check(H <= 32, f"{H} heads do not fit on a page of {WIDTH} pixels")
-    side, rows = share(2 * H), [[("", heat(240, 240, photos(images)[0])), ("", token_map(ranks[0], 240))]]
-    for l in range(L):
-        rows.append([])
-        for words, weights, grey in ("masked", masked[l], hidden), ("no mask", free[l], hidden & False):
-            for h, w in enumerate(weights):
-                cells = np.where(grey[:, None], blend(0, [GREY, GREY]), blend(w / w.max()))
-                rows[-1].append(("" if l else " " if h else words, heat(side, side, cells.reshape(*grid.shape, 3))))
-    for _, image in sum(rows, []):
-        frame(image, grid == token, RED, 4)
-    return sheet(draw_attention, *rows, [swatch("weight: 0 ... largest of the map", 400, *RAMP)], rank=ranks[0, token])
-
-def draw_loss_by_rank(model, images, ranks):  # images float [B,3,H,W], ranks [B,N]
-    """Context helps: loss by rank (Section 3)
-    Mean over {n} orders of prediction. The higher the rank, the more of an image is given."""
-    errors, zero = map(torch.cat, zip(*(predict(model, *part)[1:] for part in zip(images.split(64), ranks.split(64)))))
-    losses, zero = [errors[ranks == k].mean().item() for k in range(1, ranks.max() + 1)], zero[ranks > 0].mean().item()
-    series = [(range(1, len(losses) + 1), losses, BLUE, 0.8), ([0.4, len(losses) + 0.6], [zero, zero], RED, LINE)]
-    words = f"mean squared error\nline: predicting zero, {zero:.3g}"
-    return sheet(draw_loss_by_rank, [(words, chart(680, "rank", series))], n=len(images))
-
-def draw_curves(runs):  # {run: read_run(run)}
-    """Loss, learning rate and probes (Section 5)
-    Loss: lines, of crops of training images; dots, of whole held-out ones, which may be harder or easier."""
-    loss, lr, bars, wide = [], [], [], 0.8 / len(runs)
-    names = sorted({name for _, probes, _ in runs.values() for name in probes})
-    for i, (hue, (rows, probes, _)) in enumerate(zip(HUES * len(runs), runs.values())):
-        for series, key, style in (loss, "loss", LINE), (loss, "held_out_loss", DOTS), (lr, "lr", LINE):
-            found = [row for row in rows if key in row]
-            series.append(([row["step"] for row in found], [row[key] for row in found], hue, style))
-        bars.append(([names.index(name) + wide * i for name in probes], [*probes.values()], hue, wide))
-    words = {j + (0.8 - wide) / 2: name.replace("-", "\n") for j, name in enumerate(names)}
-    return sheet(draw_curves, *([swatch(run, 200, hue, hue)] for run, hue in zip(runs, HUES * len(runs))),
-                 [("loss", chart(580, "step", loss))], [("learning rate", chart(340, "step", lr))],
-                 *[[("probe, top-1 %", chart(500, "", bars, words))] for _ in names[:1]])
-
-def draw_layers(accuracy):
-    """Linear probe by depth (Section 5.1)
-    Accuracy of a linear classifier on the frozen features of a layer. The paper probes the last."""
-    check(accuracy, "no probe-layers.json in the run: python probe.py CHECKPOINT --protocol layers")
-    return sheet(draw_layers, [("top-1 %", chart(640, "layer", [(range(1, len(accuracy) + 1), accuracy, BLUE, 0.8)]))])
-
-# ------------------------------------------------------------------------------------ From the command line to pictures
-def read_run(folder):
-    """Directory of a run -> rows of its metrics.jsonl, {NAME: top-1 % of probe-NAME.json}, those of the layers."""
-    try:
-        json.loads(Path(folder, "config.json").read_text())
-        rows = [json.loads(row) for row in Path(folder, "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()]
-        check(rows and all(math.isfinite(row["step"] + row["loss"] + row["lr"]) for row in rows), "no step is logged")
-        found = {path.stem[6:]: json.loads(path.read_text()) for path in sorted(Path(folder).glob("probe-*.json"))}
-        top1 = {name: float(probe["top1"]) for name, probe in found.items() if "top1" in probe}
-        return rows, top1, [float(accuracy) for accuracy in found.get("layers", {}).get("accuracy", [])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not a whole run of randsac.py ({error}): name another directory") from error
-
-def gather(of):
-    """Adds what flags and pictures ask for: model or None, config, images float [n,3,H,W] and their ranks [n,N]."""
-    of.model, trained = RandSAC.load(of.checkpoint) if of.checkpoint else (None, Config())
-    flags = {name: value for name, value in vars(of).items() if name in STRATEGY}
-    check(not of.model or not {"image_size", "patch_size"} & flags.keys(),
-          "--image-size and --patch-size are those of the checkpoint: leave them out")
-    other = dict(hierarchy=None) if "segments" in flags else {}  # not the hierarchy of other segments
-    other.update(dict(data_dir="data") if flags.get("dataset", trained.dataset) != trained.dataset else {})
-    of.config = config = Config(**{**dataclasses.asdict(trained), **other, **flags})
-    if {*of.names} <= {"hierarchy", "skips", "curves", "layers"}:
-        return  # they show no image, so none is downloaded
-    size = config.image_size if of.model else config.grid * math.ceil(128 / config.grid)  # large if no model minds
-    images = (torch.tensor(decode(of.image, size)).expand(5, -1, -1, -1) if of.image else load_images(config, False)[0]
-              if of.model or "dataset" in flags else draw_shapes(8, size, seed=22)[0][7:])
-    check(len(images), f"{config.data_dir} has no test images to show: name one with --image FILE")
-    of.images = normalize(images[::len(images) // 512 or 1], size)  # of every class
-    of.ranks = sample_ranks(config, len(of.images), generator=seeded("cpu", config.seed))
-
-PICTURES = {  # in the order of index.html; the first four need no training
-    "segments": lambda of: draw_segments(photos(of.images[:1])[0], of.config),
-    "hierarchy": lambda of: draw_hierarchy(of.config),
-    "order": lambda of: draw_order(photos(of.images[:1])[0], of.ranks[0], of.model and predict(
-        of.model, of.images[:1], of.ranks[:1])[0][0]),
-    "masks": lambda of: draw_masks(of.ranks[0]),
-    "predictions": lambda of: draw_predictions(of.model, of.images[:5], of.ranks[:5]),
-    "skips": lambda of: draw_skips(of.model),
-    "attention": lambda of: draw_attention(of.model, of.images[:1], of.ranks[:1], of.token),
-    "loss-by-rank": lambda of: draw_loss_by_rank(of.model, of.images, of.ranks),
-    "curves": lambda of: draw_curves({run: read_run(run) for run in of.runs}),
-    "layers": lambda of: draw_layers(read_run(of.runs[0])[2])}
 
 @torch.no_grad()
+def predict(model, images, ranks):
+    """-> predictions as photos [B,H,W,3], squared errors of the tokens [B,N], NaN where given, and
+    what they were if zero were predicted."""
+    P = model.config.patch_size
+    tokens = randsac.patchify(images, P)
+    target = model.target(tokens)
+    guess = model.predict(images, ranks)
+    errors = (guess - target).square().mean(-1)
+    zeros = target.square().mean(-1)
+
+    # A normalized patch is shown with its true mean and deviation, as in MAE's demo.
+    if model.config.target == "normalized":
+        deviation = (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
+        guess = guess * deviation + tokens.mean(-1, keepdim=True)
+    pixels = torch.where((ranks == 0)[..., None], tokens, guess)
+    return photos(randsac.unpatchify(pixels, P)), errors, zeros
+
+
+def draw_predictions(model, images, ranks, labels):
+    """Images float [B,3,H,W], ranks [B,N], a label for each image."""
+    predicted, errors, _ = predict(model, images, ranks)
+    worst = errors.nan_to_num(0).max().item()
+    heats = blend(errors.nan_to_num(0) / max(worst, 1e-9))  # [B,N,3]
+    rows = []
+    for i, photo in enumerate(photos(images)):
+        grid = as_grid(ranks[i])
+        last = grid.max().item()
+
+        # What is given, some of the steps, all that they predict, and how far off it is.
+        given = reveal(photo, grid == 0)
+        row = [(shorten(labels[i], 14), photo), ("given", given)]
+        for step in some_steps(last, 4):
+            shown = reveal(predicted[i], grid == step, reveal(photo, grid < step))
+            row.append((f"rank {step} of {last}", shown))
+        row.append(("all predicted", reveal(predicted[i], grid > 0, given)))
+        row.append((f"error {errors[i].nanmean():.2f}", reveal(as_grid(heats[i]), grid > 0)))
+        row = [(words, enlarge(cells, column(8))) for words, cells in row]
+        for step, (_, image) in zip(some_steps(last, 4), row[2:]):
+            outline(image, grid == step, RED, 4)
+        rows.append(row)
+    rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600, RAMP)])
+    title = "Predictions, segment by segment (Sections 4 and 5)"
+    note = """Outlined: predicted, from the true pixels shown. Grey: unknown; in the error: given.
+        Normalized patches are shown with their true mean and deviation, which the model does not
+        predict (as in MAE's demo)."""
+    return sheet(title, note, rows)
+
+
+@torch.no_grad()
+def draw_skips(model):
+    """The weights W of Section 4.2."""
+    check(model.config.skip, "the model has no skip connections: train one without --no-skip")
+    W = model.skip
+    rows = []
+    for words, values in (("W", W), ("W less its start", W - randsac.RandSAC(model.config).skip)):
+        scaled = values / values.abs().max().clamp(min=1e-9)
+        cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
+        labels = [["", *(f"H[{k + 1}]" for k in range(W.shape[1]))]]
+        for i, row in enumerate(values.tolist()):
+            labels.append([f"Z[{i + 1}]", *(f"{value:.2f}" for value in row)])
+        image = enlarge(cells, column(1), 56 * len(cells))
+        write_in_cells(image, cells, labels)
+        rows.append([(words, image)])
+    title = "Trainable skip connections (Section 4.2)"
+    note = """Decoder layer l reads Z[l], the sum over k of W[l,k] H[k], where H[k] is what encoder
+        layer k puts out. Blue: below zero. Orange: above."""
+    return sheet(title, note, rows)
+
+
+@torch.no_grad()
+def attention_weights(model, image, mask):
+    """Image float [3,H,W], mask [N,N] -> weights [L,h,N,N] of all heads of all encoder layers."""
+    grid = model.config.grid
+    tokens = randsac.patchify(image[None], model.config.patch_size)
+    x = model.embed(tokens) + randsac.positions(grid, grid, model.config.dim)
+    weights = []
+    for layer in model.encoder:
+        y = layer.norm_attention(x)
+        q, k, _ = layer.attention.split(y, y)  # [1,h,N,d] each
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [1,h,N,N]
+        weights.append(scores.masked_fill(~mask, -torch.inf).softmax(-1))
+        x = layer(x, mask)
+    return torch.cat(weights)
+
+
+def draw_attention(model, image, ranks, token=None):
+    """Image float [3,H,W], ranks [N]: where a token looks, in every head of every encoder layer."""
+    if token is None:  # the first of a middle rank: some segments are hidden from it
+        token = (ranks == ranks.max() // 2).nonzero()[0].item()
+    N = len(ranks)
+    heads = model.config.heads
+    check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
+    check(heads <= 32, f"{heads} heads do not fit on a page of {WIDTH} pixels")
+    here = as_grid(torch.arange(N) == token)
+    source = randsac.attention_masks(ranks)[0]  # [N,N]
+    everything = torch.ones_like(source)
+    panels = []
+    for words, mask in (("masked: pre-training", source), ("not masked: probing", everything)):
+        maps = []
+        for weights in attention_weights(model, image, mask)[:, :, token].flatten(0, 1):  # [N]
+            cells = reveal(blend(as_grid(weights / weights.max())), as_grid(mask[token]))
+            maps.append(pil_to_tensor(outline(enlarge(cells, column(2 * heads)), here, RED, 3)))
+        tiles = to_pil_image(make_grid(maps, heads, GAP, pad_value=255))
+        panels.append((words, tiles.crop((GAP, GAP, tiles.width - GAP, tiles.height))))
+    top = [("", enlarge(photos(image[None])[0], 240)), ("", token_map(ranks, 240))]
+    for _, picture in top:
+        outline(picture, here, RED, 4)
+    title = "Where a token looks (Section 4.1)"
+    note = f"""The outlined token (rank {ranks[token]}): a row for each encoder layer, the first on
+        top, a column for each head. Left, later segments are hidden (grey). Each map has its scale."""
+    key = swatch("weight: 0 ... largest of the map", 400, RAMP)
+    return sheet(title, note, [top, panels, [key]])
+
+
+def draw_loss_by_rank(model, images, ranks):
+    """Images float [B,3,H,W], ranks [B,N]: the mean error of the tokens of each rank."""
+    parts = [predict(model, *part) for part in zip(images.split(64), ranks.split(64))]
+    errors = torch.cat([errors for _, errors, _ in parts])  # [B,N]
+    zeros = torch.cat([zeros for _, _, zeros in parts])
+    steps = list(range(1, ranks.max() + 1))
+    losses = [errors[ranks == step].mean().item() for step in steps]
+    zero = zeros[ranks > 0].mean().item()
+    ends = [0.6, len(steps) + 0.4]
+    series = [
+        Series(steps, losses, BLUE, "bars"),
+        Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"),
+    ]
+    title = "Context helps: loss by rank (Section 3)"
+    note = f"""Mean over {len(images)} orders of prediction. The higher the rank, the more of an
+        image is given."""
+    return sheet(title, note, [[("", chart(column(1), 760, series, "rank", "mean squared error"))]])
+
+
+def probe_name(row):
+    """A row of probes.jsonl -> what was probed with what, in three lines."""
+    words = [row["protocol"], row["features"], shorten(row["data_dir"], 16)]
+    if row["random_init"]:
+        words[1] = "random weights"
+    if row["dataset"] != "folder":
+        words[2] = row["dataset"]
+    return "\n".join(words)
+
+
+def draw_curves(runs):
+    """A list of (directory of a run, rows of its metrics.jsonl, rows of its probes.jsonl)."""
+    check(len(runs) <= len(HUES), f"{len(runs)} runs do not all have a colour: name fewer")
+    losses = []
+    rates = []
+    bars = []
+    probed = sorted({probe_name(row) for _, _, probes in runs for row in probes})
+    for hue, (run, rows, probes) in zip(HUES, runs):
+        steps = [row["step"] for row in rows]
+        rates.append(Series(steps, [row["lr"] for row in rows], hue, "line"))
+
+        # The first losses are so high that all later ones would look alike.
+        late = [row for row in rows if row["step"] > 0.02 * steps[-1]]
+        steps = [row["step"] for row in late]
+        name = shorten(str(run), 60)
+        losses.append(Series(steps, [row["loss"] for row in late], hue, "line", name))
+        ends = [row for row in rows if "held_out_loss" in row]
+        steps = [row["step"] for row in ends]
+        losses.append(Series(steps, [row["held_out_loss"] for row in ends], hue, "dots"))
+
+        # Of probes of one kind the last counts.
+        top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
+        bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
+    charts = [
+        chart(column(1), 660, losses, "step", "loss, from 2 % of the steps on"),
+        chart(column(1), 400, rates, "step", "learning rate"),
+    ]
+    if probed:
+        charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", dict(enumerate(probed))))
+    title = "Loss, learning rate and probes (Section 5)"
+    note = """Loss: lines, of crops of training images; dots, of whole held-out ones, which may be
+        harder or easier."""
+    return sheet(title, note, [[("", image)] for image in charts])
+
+
+def draw_layers(probes):
+    """Rows of probes.jsonl: how good the features of each encoder layer are."""
+    found = [row for row in probes if row["protocol"] == "layers"]
+    check(found, "its layers are not probed yet: use probe.py with --protocol layers")
+    series = []
+    for key, label, hue in (("layers", "linear", BLUE), ("layers_knn", "kNN", ORANGE)):
+        top1 = found[-1].get(key, [])
+        series.append(Series(list(range(1, len(top1) + 1)), top1, hue, "bars", label))
+    title = "Probes by depth (Section 5.1)"
+    note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
+    return sheet(title, note, [[("", chart(column(1), 700, series, "layer", "top-1 %"))]])
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The explorer: assets/explore.html, filled with orders and with what a model predicts
+
+DATA = '<script id="data" type="application/json">{}</script>'  # the place for them
+
+
+def flag_words(settings):
+    """-> what to type for them, as --hierarchy 16 4."""
+    words = []
+    for name, value in settings.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words += [flag_name(name), *values]
+    return words
+
+
+def data_uri(photo):
+    """A photo uint8 [H,W,3] -> a PNG file, at most 160 pixels wide, as an address."""
+    image = Image.fromarray(photo.numpy())
+    image.thumbnail((160, 160))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def explorer_data(config, model, name, images, ranks, labels):
+    """Config of your strategy or None; a model and its name, or None; images float [B,3,H,W], ranks
+    [B,N] and labels, of which four are shown -> what the page is filled with."""
+    strategies = dict(STRATEGIES)
+    own = Config()
+    if config:
+        own = config
+        strategies.update(describe(config))
+    mae = sample_ranks(Config(segments="mae"), 1, generator=seeded("cpu", own.seed, 9))
+    sizes = ("dim", "depth", "decoder_depth", "patch_size")
+    data = {
+        "strategies": [],
+        "mae": mae[0].tolist(),
+        "size": {key: getattr(own, key) for key in sizes},
+        "image": data_uri(photos(images[:1])[0]),
+        "model": None,
+    }
+    for i, (title, settings) in enumerate(strategies.items()):
+        flags = " ".join(map(str, flag_words(settings)))
+        strategy = Config(**settings)
+        orders = sample_ranks(strategy, 8, generator=seeded("cpu", own.seed, i))
+        entry = {"name": title, "flags": flags, "grid": strategy.grid, "levels": strategy.hierarchy}
+        data["strategies"].append({**entry, "ranks": orders.tolist()})
+    if model is None:
+        return data
+
+    # What the model predicts, each segment from true pixels.
+    predicted, errors, _ = predict(model, images[:4], ranks[:4])
+    data["model"] = {"name": name, "images": []}
+    for i, photo in enumerate(photos(images[:4])):
+        entry = {"label": labels[i], "image": data_uri(photo), "predicted": data_uri(predicted[i])}
+        numbers = [round(e, 3) if math.isfinite(e) else None for e in errors[i].tolist()]
+        entry.update(grid=own.grid, ranks=ranks[i].tolist(), errors=numbers)
+        data["model"]["images"].append(entry)
+    return data
+
+
+def fill_page(data):
+    """-> explore.html with its data."""
+    path = Path(__file__).with_name("assets") / "explore.html"
+    check(path.exists(), f"{path} is missing: take it from a fresh copy of the project")
+    page = path.read_text(encoding="utf-8")
+    text = json.dumps(data).replace("<", "\\u003c")  # so no label ends the script
+    return page.replace(DATA, DATA.replace("{}", text))
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. From the command line to pictures
+
+FIGURES = ["segments", "hierarchy", "order", "masks"]  # 1 to 4 of the paper
+OF_MODELS = ["predictions", "skips", "attention", "loss-by-rank"]
+PICTURES = [*FIGURES, *OF_MODELS, "curves", "layers", "explore"]  # in the order of index.html
+SHOW_IMAGES = {"segments", "order", "predictions", "attention", "loss-by-rank", "explore"}
+SHOW_ORDERS = SHOW_IMAGES | {"hierarchy", "masks"}
+ENDINGS = {"order": "gif", "explore": "html"}
+INDEX = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>RandSAC</title>
+<style>body { max-width: 50em; margin: auto; font-family: sans-serif } img { width: 100% }</style>
+"""
+# Which pictures a flag changes: beside others alone it is refused.
+ACTS = {
+    **dict.fromkeys(ORDER_FLAGS, SHOW_ORDERS),
+    **dict.fromkeys(("image", "dataset", "data_dir"), SHOW_IMAGES),
+    "last_rank": SHOW_ORDERS - {"hierarchy"},
+    "token": {"attention"},
+}
+
+
+def read_arguments(arguments):
+    """-> the words of the command line, and {flag: value} of the flags that were given."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    parser = randsac.make_parser(__doc__, leave_out=fields - ACTS.keys())
+    add = parser.add_argument
+    pictures = f"{', '.join(PICTURES)}, all; with curves also directories of runs"
+    add("pictures", nargs="*", default=[], metavar="PICTURE", help=pictures)
+    add("--checkpoint", type=randsac.user_path, metavar="FILE", help="checkpoint.pt of a run")
+    add(
+        "--image", type=randsac.user_path, metavar="FILE", help="show this image, not held-out ones"
+    )
+    add("--token", type=int, metavar="I", help="whose attention to show, in raster order from 0")
+    add("--out", type=randsac.user_path, metavar="DIR", help="where to (default: figures)")
+    flags = vars(parser.parse_intermixed_args(arguments))
+    return flags.pop("pictures"), flags
+
+
+def choose_pictures(words, flags):
+    """-> names of pictures, directories of runs, whether all are drawn that can be."""
+    everything = "all" in words or (not words and "checkpoint" in flags)
+    names = [word for word in words if word in PICTURES]
+    runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
+    if everything:
+        names = PICTURES
+    elif not words:
+        names = FIGURES
+    if runs and "curves" not in names:
+        raise UserError(f"there is no picture {runs[0]}: choose from {', '.join(PICTURES)}, all")
+    if "checkpoint" in flags:
+        runs = [flags["checkpoint"].parent, *runs]
+    return names, runs, everything
+
+
+def read_config(flags):
+    """-> the model or None, and Config: that of the model, with the flags that were given."""
+    model = None
+    settings = {}
+    if "checkpoint" in flags:
+        fixed = {"image_size", "patch_size"} & flags.keys()
+        check(not fixed, "--image-size and --patch-size are the checkpoint's: leave them out")
+        model, trained = randsac.load_model(flags["checkpoint"])
+        settings = dataclasses.asdict(trained)
+        if "segments" in flags:  # another strategy
+            for name in ("hierarchy", "order", "last_rank"):
+                settings.pop(name)
+        if flags.get("dataset", trained.dataset) != trained.dataset:  # in another folder
+            settings.pop("data_dir")
+
+    # What is given on the command line comes before what the run had.
+    for name in (*ORDER_FLAGS, "dataset", "data_dir"):
+        if name in flags:
+            settings[name] = flags[name]
+    return model, Config(**settings)
+
+
+def check_flags(flags, names, config):
+    """Every flag changes one of the pictures, or is refused."""
+    for flag in flags.keys() & ACTS.keys():
+        acts = not ACTS[flag].isdisjoint(names)
+        check(acts, f"{flag_name(flag)} changes nothing in {', '.join(names)}: leave it out")
+    twice = "image" in flags and ("dataset" in flags or "data_dir" in flags)
+    check(not twice, "--image takes the place of a data set: leave out --dataset and --data-dir")
+    flat = len(config.hierarchy) < 2 and ("segments" in flags or "hierarchy" in flags)
+    wanted = "give --hierarchy two counts, such as 16 4"
+    check(not flat or names != ["hierarchy"], f"hierarchy shows segments in partitions: {wanted}")
+
+
+def choose_images(flags, config, model):
+    """-> images float [n,3,S,S], the first ones of different classes, and a label for each."""
+    size = config.image_size
+    if model is None:  # no model minds: the larger, the nicer
+        size = config.grid * math.ceil(128 / config.grid)
+    if "image" in flags:
+        image = torch.tensor(randsac.decode_image(flags["image"], size))
+        return randsac.normalize(image.expand(5, -1, -1, -1), size), [flags["image"].name] * 5
+
+    if model is None and "dataset" not in flags:
+        images, labels, classes = randsac.draw_shapes(8, size, seed=22)
+        images, labels = images[7:], labels[7:]  # a star
+    else:
+        images, labels, classes = randsac.load_images(config, train=False)
+    if len(images) == 0:
+        images, labels, classes = randsac.load_images(config, train=True)
+        print(f"{config.data_dir} has no held-out images: training images are shown")
+
+    # In random order, but first one of each class.
+    order = torch.randperm(len(labels), generator=seeded("cpu", config.seed, 1))
+    firsts = [(labels[order] == label).nonzero()[0] for label in labels.unique()]
+    order = torch.cat([order[torch.cat(firsts).sort().values], order])[:SHOWN]
+    return randsac.normalize(images[order], size), [classes[label] for label in labels[order]]
+
+
+def read_rows(path, numbers, words=()):
+    """Rows of a .jsonl file that hold these numbers and words, without a last one, half written."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+        for row in rows:
+            values = [row[key] for key in numbers] + [row.get("held_out_loss", 0)]
+            values += row.get("layers", []) + row.get("layers_knn", [])
+            check(math.isfinite(sum(values)), f"its numbers are {values}")
+            check(row.keys() >= set(words), f"a row has not all of {', '.join(words)}")
+        check(rows, "no row is written yet")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{path} is not the log of a run ({error}): name another directory"
+        raise UserError(message) from error
+
+
+def read_run(folder):
+    """Directory of a run -> rows of its metrics.jsonl, rows of its probes.jsonl if there is one."""
+    rows = read_rows(folder / "metrics.jsonl", ("step", "loss", "lr"))
+    if not (folder / "probes.jsonl").exists():
+        return rows, []
+    words = ("protocol", "features", "random_init", "dataset", "data_dir")
+    return rows, read_rows(folder / "probes.jsonl", ("top1",), words)
+
+
+def draw(name, model, config, images, labels, ranks, runs, flags):
+    """-> the picture of that name: an image, frames of a GIF, or a page of HTML."""
+    check(model or name not in OF_MODELS, "it shows what a model does: give its --checkpoint")
+    check(runs or name not in ("curves", "layers"), "it shows a run: give the --checkpoint of one")
+    if name == "segments":
+        return draw_segments(photos(images[:1])[0], config)
+    if name == "hierarchy":
+        return draw_hierarchy(config)
+    if name == "order":
+        predicted = None
+        if model:
+            predicted = predict(model, images[:1], ranks[:1])[0][0]
+        return draw_order(photos(images[:1])[0], ranks[0], predicted)
+    if name == "masks":
+        return draw_masks(ranks[0])
+    if name == "predictions":
+        return draw_predictions(model, images[:5], ranks[:5], labels)
+    if name == "skips":
+        return draw_skips(model)
+    if name == "attention":
+        return draw_attention(model, images[0], ranks[0], flags.get("token"))
+    if name == "loss-by-rank":
+        return draw_loss_by_rank(model, images, ranks[: len(images)])
+    if name == "curves":
+        return draw_curves([(run, *read_run(run)) for run in runs])
+    if name == "layers":
+        return draw_layers(read_run(runs[0])[1])
+    if model is None and flags.keys().isdisjoint(ORDER_FLAGS):
+        config = None  # no strategy is yours
+    title = runs[0].resolve().name if model else ""
+    return fill_page(explorer_data(config, model, title, images, ranks, labels))
+
+
+def save(picture, path):
+    """Writes a page of HTML, the frames of a GIF, or an image."""
+    if path.suffix == ".html":
+        randsac.write_whole(path, lambda file: file.write(picture.encode()))
+    elif path.suffix == ".gif":
+        times = [500] * (len(picture) - 1) + [2500]  # ms: the end stays longer
+        more = {"save_all": True, "append_images": picture[1:], "loop": 0, "duration": times}
+        randsac.write_whole(path, lambda file: picture[0].save(file, "GIF", **more))
+    else:
+        randsac.write_whole(path, lambda file: picture.save(file, "PNG"))
+    print(f"wrote {path}")
+
+
 def main(arguments):
-    parser = make_parser(__doc__, {field.name for field in dataclasses.fields(Config)} - STRATEGY)
-    add, free, page = functools.partial(parser.add_argument, default=None), [*PICTURES][:4], ""
-    add("pictures", nargs="*", default=[], metavar="PICTURE", help=", ".join(PICTURES) + ", all; with curves also runs")
-    add("--checkpoint", metavar="FILE", help="checkpoint.pt of a run")
-    add("--image", metavar="FILE", help="the image to draw (default: held-out ones, or without a model a drawn one)")
-    add("--token", type=int, metavar="I", help="whose attention to draw, row by row from 0 (default: near the middle)")
-    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder for the pictures (default: figures)")
-    of = parser.parse_intermixed_args(arguments)
-    of.runs = [name for name in of.pictures if name not in (*PICTURES, "all")]
-    everything = "all" in of.pictures or not of.pictures and of.checkpoint
-    check(not of.runs or {"curves", "all"} & {*of.pictures},
-          f"there is no picture {' '.join(of.runs[:1])}: choose from {', '.join(PICTURES)} or all")
-    of.runs = [str(Path(of.checkpoint).parent)] + of.runs if of.checkpoint else of.runs
-    of.names = [*PICTURES] if everything else [name for name in of.pictures if name in PICTURES] or free
-    gather(of)
-    of.out.mkdir(parents=True, exist_ok=True)
-    for name in of.names:
+    words, flags = read_arguments(arguments)
+    names, runs, everything = choose_pictures(words, flags)
+    model, config = read_config(flags)
+    check_flags(flags, names, config)
+
+    # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
+    images = None
+    labels = None
+    if not SHOW_IMAGES.isdisjoint(names):
+        images, labels = choose_images(flags, config, model)
+    ranks = sample_ranks(config, SHOWN, generator=seeded("cpu", config.seed))
+
+    # With "all", what cannot be drawn is left out.
+    out = flags.get("out", Path("figures"))
+    out.mkdir(parents=True, exist_ok=True)
+    index = INDEX
+    for name in names:
         try:
-            check(of.model or name in free or name == "curves" and of.runs, "no --checkpoint: python randsac.py first")
-            picture = PICTURES[name](of)
+            picture = draw(name, model, config, images, labels, ranks, runs, flags)
         except UserError as error:
             check(everything, f"cannot draw {name}: {error}")
             print(f"skipped {name}: {error}")
             continue
-        first, *more = picture if isinstance(picture, list) else [picture]
-        path = of.out / f"{name}.{'gif' if more else 'png'}"
-        gif = dict(save_all=True, append_images=more, loop=0, duration=[500] * len(more) + [2500]) if more else {}
-        write_whole(path, lambda file: first.save(file, path.suffix[1:], **gif))
-        page += f'<h2>{first.info["title"]}</h2><img src="{path.name}" alt="{name}" width="800">\n'
-        print(f"wrote {path}")
+        path = out / f"{name}.{ENDINGS.get(name, 'png')}"
+        save(picture, path)
+        shown = f'<img src="{path.name}" alt="{name}">'
+        if name == "explore":
+            shown = f'<a href="{path.name}">Orders and masks, to play with</a>'
+        index += f"<h2>{name}</h2>\n{shown}\n"
+
     if everything:
-        page = '<!doctype html><title>RandSAC</title><body style="width:50em;margin:auto;font:1em sans-serif">' + page
-        write_whole(of.out / "index.html", lambda file: file.write(page.encode()))
-    print("next:", f"open {of.out}/index.html" if everything else
-          f"python visualize.py all --checkpoint {of.checkpoint or 'FILE'}")
+        save(index, out / "index.html")
+        print(f"next: open {out / 'index.html'} in a browser")
+    else:
+        following = "all" if model else "explore"
+        print("next:", randsac.command_line("visualize.py", following, *flag_words(flags)))
+
 
 if __name__ == "__main__":
-    run_command(main)
+    randsac.run_command(main)

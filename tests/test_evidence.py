@@ -1,13 +1,19 @@
-"""results/evidence.py: a run that is done is skipped, one cut off goes on, and the logs decide the verdicts."""
+"""results/evidence.py: a run that is done is skipped, one cut off goes on, and the logs decide the
+verdicts."""
+
 import importlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from conftest import MICRO_FLAGS, ROOT, forks
@@ -17,36 +23,37 @@ import randsac
 from randsac import UserError
 
 sys.path.insert(0, str(ROOT / "results"))
-import evidence as ev  # noqa: E402
+import evidence as ev
 
 MICRO = " ".join(MICRO_FLAGS + ["--epochs", "2"])  # 2 passes of 4 steps
+FLOPS = {}  # of what has been counted
 
 
 def child(script, arguments, delay):
     torch.set_num_threads(1)
     training_step = randsac.training_step
-    randsac.training_step = lambda *args: time.sleep(delay) or training_step(*args)
-    module, sys.argv = importlib.import_module(script), [script, *arguments]
+
+    def slow_step(*args):
+        time.sleep(delay)
+        return training_step(*args)
+
+    randsac.training_step = slow_step
+    module = importlib.import_module(script)
     module.L2_GRID = [0.01]  # so that LIN is fitted twice, not nine times
+    sys.argv = [script, *arguments]
     randsac.run_command(module.main)
 
 
-def alone(settings, folder):
-    """The command as it is, but for its settings, in a process group of its own."""
-    os.setpgrp()
-    for name, value in settings.items():
-        setattr(ev, name, value)
-    run(folder, settings["JOBS"][0][0])
-
-
 class Forked:
-    """Stands for subprocess.Popen: the same command in a fork of a process that has imported torch already."""
-    started, delay = [], 0.15  # seconds that a step takes longer, so that a pass lasts many looks
+    """Stands for subprocess.Popen: the same command, in a fork of a process that has torch."""
+
+    started: ClassVar = []
+    delay = 0  # seconds that a step takes longer
 
     def __init__(self, words, close_fds):
-        script = Path(words[1]).stem
         Forked.started.append(" ".join(words[1:]))
-        self.process = forks.Process(target=child, args=(script, words[2:], Forked.delay))
+        arguments = (Path(words[1]).stem, words[2:], self.delay)
+        self.process = forks.Process(target=child, args=arguments)
         self.process.start()
         self.terminate = self.process.terminate
 
@@ -57,20 +64,46 @@ class Forked:
         return self.process.exitcode
 
 
+@pytest.fixture(autouse=True)
+def operations_are_counted_once(monkeypatch):
+    flops = ev.flops
+
+    def counted_once(config):
+        if repr(config) not in FLOPS:
+            FLOPS[repr(config)] = flops(config)
+        return FLOPS[repr(config)]
+
+    monkeypatch.setattr(ev, "flops", counted_once)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The command in a folder of its own, with a micro recipe."""
-    settings = dict(LOGS=tmp_path / "logs", RUNS=tmp_path / "runs", README=tmp_path / "README.md", RECIPE=MICRO,
-                    PICTURE=tmp_path / "evidence.png", PASSES=(1, 2), POLL=0.02)
+    """The command in a folder of its own."""
+    settings = {
+        "LOGS": tmp_path / "logs",
+        "RUNS": tmp_path / "runs",
+        "README": tmp_path / "README.md",
+        "PICTURE": tmp_path / "evidence.png",
+        "Popen": Forked,
+    }
     for name, value in settings.items():
         monkeypatch.setattr(ev, name, value)
-    monkeypatch.setattr(ev, "Popen", Forked)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (tmp_path / "README.md").write_text("above\n<!-- evidence -->\nold\n<!-- /evidence -->\nbelow\n")
-    before = signal.getsignal(signal.SIGTERM)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "above\n<!-- evidence -->\nold\n<!-- /evidence -->\nbelow\n"
+    )
     Forked.started = []
+    before = signal.getsignal(signal.SIGTERM)
     yield tmp_path
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def micro(here, monkeypatch):
+    """The same with a micro recipe."""
+    monkeypatch.setattr(ev, "RECIPE", MICRO)
+    return here
 
 
 def run(folder, *only):
@@ -81,204 +114,448 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --- run
-
-def test_order_of_jobs():
-    assert len(ev.JOBS) == len({*ev.JOBS}) == 10 + 1 + 10 and ev.JOBS[:3] == [
-        ("square-16-4", 0), ("floors", None), ("patch-raster", 0)]
-    assert [seed for _, seed in ev.JOBS[2:]] == [0] * 9 + [1] * 5 + [2] * 5
-    for flags in ev.VARIANTS.values():  # the recipe and the flags are valid
-        randsac.Config(**vars(randsac.make_parser("").parse_args(f"{ev.RECIPE} {flags}".split())))
+def only_first_seeds(monkeypatch):
+    jobs = {job: found for job, found in ev.JOBS.items() if found[1] == 0}
+    monkeypatch.setattr(ev, "JOBS", jobs)
 
 
-def test_run_probes_passes_and_is_not_done_twice(here, image_folder, capsys, monkeypatch):
-    monkeypatch.setattr(ev, "JOBS", [("mae", 0), ("floors", None)])
-    (here / "runs/mae-0").mkdir(parents=True)
-    (here / "runs/mae-0/metrics.jsonl").touch()  # cut off before its first checkpoint
+# ------------------------------------------------------------------------------------------------
+# run
+
+
+def test_jobs():
+    names = list(ev.JOBS)
+    assert names[:4] == ["floors", "mae-0", "mae-1", "mae-2"]
+    assert len(names) == 1 + 12 * 3 + 7
+    for _, a, b, _ in ev.CLAIMS:
+        assert {f"{name}-{seed}" for name in (a, b) for seed in range(3)} <= ev.JOBS.keys()
+    assert "blob-11-5-0" in names and "blob-11-5-1" not in names
+    assert ev.JOBS["square-16-4-short-2"] == ("square-16-4-short", 2)
+
+
+def test_flags_are_what_the_names_say():
+    config = ev.config_of(ev.VARIANTS["square-16-4-short"])
+    assert (config.hierarchy, config.epochs, config.last_rank) == ((16, 4), 4, 0)
+    for name, flags in ev.VARIANTS.items():
+        config = ev.config_of(flags)
+        assert (config.dim, config.depth, config.batch_size, config.lr) == (64, 4, 64, 4e-3)
+        assert config.epochs == (4 if name.endswith("short") else 10)
+        last_rank = re.search(r"-k(\d+)$", name)
+        assert config.last_rank == (int(last_rank[1]) if last_rank else 0)
+        assert config.skip == (name != "no-skip")
+
+
+def test_the_papers_differences():
+    printed = {  # LIN on CIFAR-10: Tables 2, 3, 5, 6, and 7 for MAE
+        "patch-raster": 55.53,
+        "patch-random": 75.53,
+        "square-16": 81.38,
+        "square-16-4": 82.46,
+        "blob-9": 81.88,
+        "scatter-9": 78.59,
+        "blob-7": 82.52,
+        "blob-7-3": 82.71,
+    }
+    found = 0
+    for words, a, b, paper in ev.CLAIMS:
+        if a in printed and b in printed:
+            assert paper.startswith(f"{printed[a] - printed[b]:+.2f} ("), words
+            found += 1
+        elif words == "RandSAC > MAE, equal passes":
+            assert paper.startswith(f"{92.1 - 87.3:+.2f} (Table 7)")
+        else:
+            assert paper in ("not tried", "in its supplement")
+    assert found == 6
+
+
+def test_run_probes_and_is_not_done_twice(micro, image_folder, capsys, monkeypatch):
+    only_first_seeds(monkeypatch)
+    (micro / "runs/mae-0").mkdir(parents=True)
+    (micro / "runs/mae-0/metrics.jsonl").touch()  # cut off before its first checkpoint
     run(image_folder, "mae", "floors")
-    folder, (first, *passes) = here / "runs/mae-0", read(here / "logs/mae-0.jsonl")
-    assert first.items() >= dict(name="mae", seed=0, recipe=MICRO, flags="--segments mae", threads=1).items()
+
+    first, last = read(micro / "logs/mae-0.jsonl")
+    expected = {"name": "mae", "seed": 0, "recipe": MICRO, "flags": "--segments mae"}
+    assert first.items() >= {**expected, "data": image_folder.name}.items()
+    assert first["machine"] and first["threads"] and first["torch"] == torch.__version__
     assert str(image_folder.parent) not in json.dumps(first)
-    ends = [row for row in read(folder / "metrics.jsonl") if "held_out_loss" in row]
-    assert [line["pass"] for line in passes] == [1, 2] and len(ends) == 2
-    assert [line["held_out_loss"] for line in passes] == [round(row["held_out_loss"], 5) for row in ends]
-    seconds = sum(64 / row["images_per_s"] for row in ends)  # 4 steps of 16 images make a pass and a row
-    assert passes[1]["minutes"] == pytest.approx(seconds / 60, abs=0.011)
-    for line in passes:
-        copy = folder / f"pass-{line['pass']}"
-        assert torch.load(copy / "checkpoint.pt", weights_only=True)["step"] == 4 * line["pass"]
-        for key, protocol in ("lin", "linear"), ("knn", "knn"):
-            assert line[key] == json.loads((copy / f"probe-{protocol}.json").read_text())["top1"]
-    assert [line["floor"] for line in read(here / "logs/floors.jsonl")] == ["--random-init", "--features pixels"]
-    assert not [*here.rglob("features*")] and len(Forked.started) == 5 + 4
+    folder = micro / "runs/mae-0"
+    end = read(folder / "metrics.jsonl")[-1]
+    assert (end["step"], last["pass"], last["held_out_loss"]) == (8, 2, end["held_out_loss"])
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["config"]["seed"] == 0
+    probes = {row["protocol"]: row["top1"] for row in read(folder / "probes.jsonl")}
+    assert (last["lin"], last["knn"]) == (probes["linear"], probes["knn"])
+
+    floors = read(micro / "logs/floors.jsonl")
+    assert [row["floor"] for row in floors] == ["--random-init", "--features pixels"]
+    rows = read(micro / "runs/floors/probes.jsonl")
+    kinds = [(row["protocol"], row["random_init"], row["features"]) for row in rows]
+    assert kinds == [
+        ("linear", True, "encoder"),
+        ("knn", True, "encoder"),
+        ("linear", False, "pixels"),
+        ("knn", False, "pixels"),
+    ]
+    found = [value for row in floors for value in (row["lin"], row["knn"])]
+    assert found == [row["top1"] for row in rows]
+    assert [words.split()[0].rsplit("/")[-1] for words in Forked.started] == [
+        *["randsac.py", "probe.py", "probe.py"],
+        *["randsac.py", "probe.py"],
+    ]
 
     capsys.readouterr()
     run(image_folder, "mae", "floors")
-    assert capsys.readouterr().out.split("\n") == ["mae-0: done", "floors: done", ""]
-    assert len(Forked.started) == 9
-    ev.main(["report"])
-    assert "| mae | `--segments mae` | 1 |" in (here / "README.md").read_text()
+    assert capsys.readouterr().out.splitlines() == ["floors: done", "mae-0: done"]
+    assert len(Forked.started) == 5
 
 
-def test_stopped_goes_on(here, image_folder, monkeypatch, capsys):
-    monkeypatch.setattr(ev, "JOBS", [("square-16-4", 0)])
-    metrics, keep = here / "runs/square-16-4-0/metrics.jsonl", ev.keep_copy
+def test_stopped_it_saves_and_goes_on(micro, image_folder, monkeypatch):
+    only_first_seeds(monkeypatch)
+    folder = micro / "runs/square-16-4-0"
+    metrics = folder / "metrics.jsonl"
 
-    def stop(run):
-        keep(run)
-        if ev.copy_of(run, 1).exists():
+    class Interrupted(Forked):
+        delay = 0.1
+
+        def wait(self, timeout=None):
+            if timeout is not None:
+                return super().wait(timeout)
+            end = time.time() + 60
+            while time.time() < end and not (metrics.exists() and metrics.read_text()):
+                time.sleep(0.02)
+            monkeypatch.setattr(ev, "Popen", Forked)
+            Interrupted.wait = Forked.wait
             raise KeyboardInterrupt
-    monkeypatch.setattr(ev, "keep_copy", stop)
+
+    monkeypatch.setattr(ev, "Popen", Interrupted)
     monkeypatch.setattr(ev, "PATIENCE", 0)
     with pytest.raises(KeyboardInterrupt):
         run(image_folder, "square-16-4")
-    step = torch.load(metrics.with_name("checkpoint.pt"), weights_only=True)["step"]
-    assert 4 <= step < 8 and not [*here.glob("logs/*")]  # it saved before it ended
-    kept = ev.copy_of(metrics.parent, 1).stat().st_mtime_ns
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert 4 < step < 8  # not that of the pass, which is the fourth
+    assert not [*micro.glob("logs/*")]
 
-    monkeypatch.setattr(ev, "keep_copy", keep)
+    # A line cut off in the middle is written anew.
+    with open(metrics, "a") as file:
+        file.write('{"step": 7, "lo')
+    (folder / "probes.jsonl").write_text('{"protocol": "linear", "top1": -1}\n')  # an older one
     run(image_folder, "square-16-4")
-    assert "--resume" in Forked.started[1] and read(metrics)[-1]["step"] == 8
-    assert [line["pass"] for line in read(here / "logs/square-16-4-0.jsonl")[1:]] == [1, 2]
-    assert ev.copy_of(metrics.parent, 1).stat().st_mtime_ns == kept
+    assert f"--resume {folder}" in Forked.started[1]
+    steps = [row["step"] for row in read(metrics)]
+    assert steps == sorted(set(steps)) and steps[-1] == 8
+    _, last = read(micro / "logs/square-16-4-0.jsonl")
+    assert last["pass"] == 2 and last["lin"] == read(folder / "probes.jsonl")[1]["top1"]
 
 
-def test_killed_goes_on_and_its_orphan_keeps_the_run(here, image_folder, capsys, monkeypatch):
-    settings = dict(LOGS=ev.LOGS, RUNS=ev.RUNS, POLL=ev.POLL, JOBS=[("patch-random", 0)], PASSES=(1, 30),
-                    RECIPE=MICRO.replace("--epochs 2", "--epochs 30"))
+def alone(settings, folder):
+    """The command as it is, but for its settings, in a process group of its own."""
+    os.setpgrp()
     for name, value in settings.items():
-        monkeypatch.setattr(ev, name, value)
-    monkeypatch.setattr(Forked, "delay", 0)
+        setattr(ev, name, value)
+    run(folder, "patch-random")
+
+
+def test_killed_it_goes_on_and_its_orphan_keeps_the_run(micro, image_folder, capsys, monkeypatch):
+    only_first_seeds(monkeypatch)
+    monkeypatch.setattr(ev, "RECIPE", MICRO.replace("--epochs 2", "--epochs 30"))
+    names = ("LOGS", "RUNS", "JOBS", "RECIPE")
+    settings = {name: getattr(ev, name) for name in names}
     process = forks.Process(target=alone, args=(settings, image_folder))
     process.start()
-    metrics, end = here / "runs/patch-random-0/metrics.jsonl", time.time() + 60
-    while len(ev.read_metrics(metrics.parent)) < 5 and time.time() < end:
+    metrics = micro / "runs/patch-random-0/metrics.jsonl"
+    end = time.time() + 60
+    while time.time() < end and not (metrics.exists() and len(read(metrics)) >= 5):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGSTOP)  # so that the training does not end meanwhile
     process.kill()
     process.join()
+
     run(image_folder, "patch-random")
-    assert "another process is at it" in capsys.readouterr().out and not Forked.started
+    assert "patch-random-0: skipped, another process is at it" in capsys.readouterr().out
+    assert not Forked.started
     os.killpg(process.pid, signal.SIGKILL)
-    while "another" in capsys.readouterr().out or not Forked.started:  # until the system has buried it
+    while not Forked.started and time.time() < end:  # until the system has buried it
         run(image_folder, "patch-random")
-    rows, (_, *passes) = read(metrics), read(here / "logs/patch-random-0.jsonl")
-    assert "--resume" in Forked.started[0] and passes[-1]["pass"] == 30
-    assert sorted({row["step"] for row in rows}) == [row["step"] for row in rows] and rows[-1]["step"] == 120
+    assert "--resume" in Forked.started[0]
+    assert read(micro / "logs/patch-random-0.jsonl")[1]["pass"] == 30
+    steps = [row["step"] for row in read(metrics)]
+    assert steps == sorted(set(steps)) and steps[-1] == 120
 
 
-def test_a_missed_pass_is_said_and_no_more(here, image_folder, capsys, monkeypatch):
-    monkeypatch.setattr(ev, "JOBS", [("mae", 0)])
-    monkeypatch.setattr(Forked, "delay", 0)
-    keep = ev.keep_copy
-    monkeypatch.setattr(ev, "keep_copy", lambda run: ev.read_metrics(run)[-1:] and ev.read_metrics(run)[-1]["step"] == 8
-                        and keep(run))
-    run(image_folder, "mae")
-    assert "no copy was kept of pass 1" in capsys.readouterr().out
-    assert [line["pass"] for line in read(here / "logs/mae-0.jsonl")[1:]] == [2]
+def test_two_at_once_share_the_runs(micro, image_folder, capsys, monkeypatch):
+    only_first_seeds(monkeypatch)
+    with ev.claim("mae-0") as free:
+        assert free
+        with ev.claim("mae-0") as free:
+            assert not free
+        run(image_folder, "mae", "no-skip")
+    printed = capsys.readouterr().out
+    assert "mae-0: skipped" in printed and "no-skip-0: starts" in printed
+    assert [path.name for path in micro.glob("logs/*")] == ["no-skip-0.jsonl"]
 
 
-def test_a_command_that_fails_is_named(here, tmp_path):
+def test_a_command_that_fails_is_named(micro, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="randsac.py ended with code 2"):
+    with pytest.raises(UserError, match=r"randsac.py ended with code 2, .* start again"):
         run(tmp_path / "empty", "mae")
-    assert not [*here.glob("logs/*")]
-    with pytest.raises(UserError, match="not a folder"):
+    assert not [*micro.glob("logs/*")]
+    with pytest.raises(UserError, match="not a folder: give --data-dir"):
         run(tmp_path / "nowhere", "mae")
+    with pytest.raises(UserError, match="invalid choice: 'square'"):
+        run(tmp_path, "square")
 
 
-# --- report
+# ------------------------------------------------------------------------------------------------
+# speed and cost
 
-def log(name, *ends, minutes=(1, 3, 10), recipe=MICRO):
-    """Writes a log for each seed, whose LIN is `ends` after pass 10, and 10 and 5 less after passes 1 and 3."""
-    ev.LOGS.mkdir(exist_ok=True)
+
+def test_speed_times_the_variants_in_turn(here, monkeypatch):
+    names = ("mae", "square-16-k4")
+    monkeypatch.setattr(ev, "VARIANTS", {name: ev.VARIANTS[name] for name in names})
+    monkeypatch.setattr(ev, "RECIPE", MICRO)
+    monkeypatch.setattr(ev, "ROUNDS", 3)
+    training_step = randsac.training_step
+    seen = []
+
+    def noted(model, optimizer, scaler, batch, config, *others):
+        seen.append(config.segments)
+        if len(seen) <= 2 * ev.STEPS:
+            time.sleep(0.2)  # is no processor time
+        return training_step(model, optimizer, scaler, batch, config, *others)
+
+    monkeypatch.setattr(randsac, "training_step", noted)
+    ev.main(["speed"])
+    assert seen == (["mae"] * ev.STEPS + ["square"] * ev.STEPS) * 3
+    first, *rows = read(here / "logs/speed.jsonl")
+    assert first["threads"] == 1 and first["machine"]
+    assert [row["name"] for row in rows] == list(names)
+    for row in rows:
+        assert row["images_per_s"] == np.median(row["rounds"]) and len(row["rounds"]) == 3
+        assert min(row["rounds"]) > 16 / 0.2
+
+
+def test_cost_of_a_run(here):
+    rows = [{}] + [{"name": name, "images_per_s": 100.0} for name in ev.VARIANTS]
+    ev.write_rows(here / "logs/speed.jsonl", rows)
+    cost = ev.costs()
+    assert cost["mae"][1] == pytest.approx(10 * 50_000 / 100 / 60)
+    assert cost["square-16-4-short"][1] == pytest.approx(4 * 50_000 / 100 / 60)
+
+    # Products of mae: 16 tokens are given, 48 hidden; two operations each, backward takes twice as
+    # many as forward, but no pixel needs a gradient.
+    D = 64
+    encoder = 4 * (16 * 12 * D * D + 2 * 16 * 16 * D)
+    decoder = 48 * 14 * D * D + 16 * 2 * D * D + 2 * 48 * 48 * D + 2 * 48 * 16 * D
+    mixing = 4 * 16 * D
+    embedding = 16 * 48 * D
+    forward = encoder + decoder + mixing + 48 * D * 48 + embedding
+    assert cost["mae"][0] == pytest.approx(500_000 * 2 * (3 * forward - embedding) / 1e12)
+    assert cost["square-16-4-short"][0] == pytest.approx(0.4 * cost["square-16-4"][0])
+    assert cost["square-16"] == cost["square-16-4"] > cost["square-16-k8"] > cost["square-16-k4"]
+
+    ev.write_rows(here / "logs/speed.jsonl", rows[:-1])
+    with pytest.raises(UserError, match="not all is timed: python results/evidence.py speed"):
+        ev.costs()
+
+
+# ------------------------------------------------------------------------------------------------
+# verdicts
+
+
+def within(t, freedom):
+    """Integral of the density of Student's t from -t to t, by the midpoint rule."""
+    x = (np.arange(10_000) + 0.5) * t / 10_000
+    factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    density = factor * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    return 2 * density.sum() * t / 10_000
+
+
+def test_critical_values():
+    assert within(1.0, 1) == pytest.approx(0.5)  # Cauchy's quartile
+    for freedom, value in enumerate(ev.CRITICAL, 1):
+        assert within(value - 0.0006, freedom) < 0.95 < within(value + 0.0006, freedom)
+        assert ev.critical_value(freedom) == ev.critical_value(freedom + 0.999) == value
+        assert ev.critical_value(freedom - 1e-12) == value
+    assert ev.critical_value(1000) == ev.CRITICAL[-1]
+
+
+def test_welch():
+    # By hand: means 2 and 6, variances 1 and 32/3, squared errors 1/3 and 8/3.
+    t, freedom = ev.welch([1, 2, 3], [2, 6, 6, 10])
+    assert t == pytest.approx(-4 / (1 / 3 + 32 / 3 / 4) ** 0.5)
+    assert freedom == pytest.approx(3**2 / ((1 / 3) ** 2 / 2 + (8 / 3) ** 2 / 3))
+    assert ev.welch([1, 2, 3], [2, 3, 4])[1] == pytest.approx(4)
+    assert ev.welch([1, 2, 3], [5, 5, 5])[1] == pytest.approx(2)
+
+
+def test_a_verdict_is_that_of_the_p_value():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        a = rng.normal(0, rng.uniform(0.2, 3), 3).tolist()
+        b = rng.normal(rng.uniform(-5, 5), rng.uniform(0.2, 3), 3).tolist()
+        t, freedom = ev.welch(a, b)
+        verdict = ev.judge(a, b).split(": ")[1]
+        significant = 1 - within(abs(t), math.floor(freedom)) < 0.05
+        if not significant:
+            assert verdict == "no difference seen"
+        elif np.mean(a) > np.mean(b):
+            assert verdict == "**higher, p < 0.05**"
+        else:
+            assert verdict == "**lower, p < 0.05**"
+        seen.add(verdict)
+    assert len(seen) == 3
+
+
+def test_verdicts_in_words():
+    assert ev.judge([50, 51, 52], [44, 45, 46]) == "+6.00, t 7.35 at 4.0: **higher, p < 0.05**"
+    assert ev.judge([44, 45, 46], [50, 51, 52]) == "-6.00, t -7.35 at 4.0: **lower, p < 0.05**"
+    assert ev.judge([50, 51, 52], [49, 50, 51]) == "+1.00, t 1.22 at 4.0: no difference seen"
+    assert ev.judge([50, 51, 52], [40]) == "+11.00: not enough seeds"
+    assert ev.judge([50], [40, 41, 42]) == "+9.00: not enough seeds"
+    assert ev.judge([50, 51], []) == ev.judge([], [1, 2]) == "not run yet"
+    assert ev.judge([50, 50], [40, 40]) == "+10.00: seeds without a spread"
+
+
+# ------------------------------------------------------------------------------------------------
+# report
+
+
+def log(name, *ends, **settings):
+    """A log for each seed: LIN is `ends`, kNN 10 less."""
     for seed, end in enumerate(ends):
-        lines = [dict(name=name, seed=seed, flags="", recipe=recipe, data="d", machine="m", threads=1, torch="2")]
-        lines += [{"pass": n, "minutes": m, "held_out_loss": 1, "lin": end - less, "knn": 30 + seed}
-                  for n, m, less in zip((1, 3, 10), minutes, (10, 5, 0))]
-        (ev.LOGS / f"{name}-{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        first = {"name": name, "seed": seed, "flags": ev.VARIANTS[name], "recipe": ev.RECIPE}
+        first |= {"data": "d", "machine": "m", "threads": 1, "torch": "2", **settings}
+        early = {"pass": 1, "held_out_loss": 1.0, "lin": 0.0, "knn": 0.0}  # old logs have some
+        last = {"pass": 10, "held_out_loss": 1.0, "lin": end, "knn": end - 10}
+        ev.write_rows(ev.LOGS / f"{name}-{seed}.jsonl", [first, early, last])
 
 
-def report(monkeypatch):
-    monkeypatch.setattr(ev, "PASSES", (1, 3, 10))
+@pytest.fixture
+def logged(here):
+    """Logs of some variants, and rates of all."""
+    rows = [{"machine": "m"}] + [{"name": name, "images_per_s": 100.0} for name in ev.VARIANTS]
+    rows[1]["images_per_s"] = 250.0  # of mae
+    ev.write_rows(here / "logs/speed.jsonl", rows)
+    log("patch-random", 49, 50, 51)
+    log("patch-raster", 44, 45, 46)
+    log("square-16-4", 50, 51, 52)
+    log("mae", 52, 53, 57)
+    log("square-16", 50)
+    return here
+
+
+def report():
     ev.main(["report"])
     return ev.README.read_text()
 
 
-def test_table_verdicts_and_picture(here, monkeypatch):
-    log("patch-random", 49, 50, 51)  # 50 +- 1
-    log("patch-raster", 44, 45, 46)  # 45 +- 1
-    log("square-16-4", 39, 40, 41, minutes=(2, 6, 20))
-    log("no-skip", 40, 41, 39)
-    log("mae", 52, 53, 54)
-    log("square-16", 50)
-    log("square-4", 53)
-    (ev.LOGS / "floors.jsonl").write_text('{"floor": "--random-init", "lin": 33.3, "knn": 22.2}\n')
-    text = report(monkeypatch)
-    assert text.startswith("above\n<!-- evidence -->\n") and text.endswith("\n<!-- /evidence -->\nbelow\n")
-    assert "\nold" not in text and report(monkeypatch) == text
-    assert "| 3 | 40.0 ± 1.0 | 45.0 ± 1.0 | 50.0 ± 1.0 | 31.0 ± 1.0 | 10.0 ± 0.0 |" in text
-    assert "| 1 | 40.0 | 45.0 | 50.0 | 30.0 | 10.0 |" in text
-    assert "`probe.py --random-init` | 1 | | | 33.3 | 22.2 |" in text and "1024 tokens" not in text  # 8 x 8 pixels
-    verdicts = [line.split(": ", 1)[1] for line in text.splitlines() if line.startswith("- ")]
-    assert [line.split(" (")[0] for line in verdicts] == [
-        "**reproduced**", "**not seen at this budget**", "**reproduced**", "not run yet", "**contradicted**",
-        "not run yet", "**not seen at this budget**", "**contradicted**", "**contradicted**"]
-    assert "50.00 ± 1.00 against 45.00 ± 1.00, difference +5.00, standard error 0.82" in verdicts[0]  # sqrt(2/3)
-    assert "53.00 against 50.00 ± 1.00, difference +3.00, standard error 1.15" in verdicts[2]  # sqrt(1 + 1/3)
-    # At minute 10 the slow variant stands 4/14 of the way from 35 to 40.
-    assert "36.43 ± 1.00 against 53.00" in verdicts[8] and "after 10.0 minutes" in verdicts[8]
-    assert "17 of 20 runs are logged, so these verdicts are preliminary. Variants with several seeds: square-16-4, " \
-        "patch-raster, mae, patch-random, no-skip." in text
-    rows = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert rows == {9}
-    picture = Image.open(here / "evidence.png").convert("RGB")
-    seen = {colour for _, colour in picture.getcolors(1 << 24)}
-    assert picture.width == 1600 and {(0, 114, 178), (213, 94, 0), (26, 26, 26)} <= seen  # 16-4, raster, mae
-    assert (136, 34, 85) not in seen  # blob-11-5 has no log
+def cells(text, first):
+    """-> the cells of the row that begins so."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-def test_one_seed_each_decides_nothing(here, monkeypatch):
-    log("patch-random", 50)
-    log("patch-raster", 45)
-    log("mae", 50, minutes=(1, 2, 3))
-    log("square-16-4", 50, minutes=(4, 8, 12))
-    text = report(monkeypatch)
-    assert "4 of 20 runs" in text and "seeds: none." in text
-    assert "not decided: one seed each (50.00 against 45.00, difference +5.00)" in text and "**" not in text
-    assert "not comparable: one has its first probe after 4.0 minutes, the other its last after 3.0" in text
+def test_tables_and_picture(logged):
+    floors = [
+        {"floor": "--random-init", "lin": 33.3, "knn": 22.2},
+        {"floor": "--features pixels", "lin": 35.5, "knn": 36.6},
+    ]
+    ev.write_rows(ev.LOGS / "floors.jsonl", floors)
+    text = report()
+    assert text.startswith("above\n<!-- evidence -->\n")
+    assert text.endswith("\n<!-- /evidence -->\nbelow\n") and "\nold" not in text
+    picture = (logged / "evidence.png").read_bytes()
+    assert report() == text and (logged / "evidence.png").read_bytes() == picture
+
+    assert cells(text, "patch-random")[2:5] == ["3", "50.0 ± 1.0", "40.0 ± 1.0"]
+    assert cells(text, "square-16")[2:5] == ["1", "50.0", "40.0"]
+    assert cells(text, "blob-9")[2:5] == ["0", "-", "-"]
+    assert cells(text, "mae")[6] == "33.3" and cells(text, "square-16-4")[6] == "83.3"
+    assert "| floor | `probe.py --random-init` | 1 | 33.3 | 22.2 |" in text
+
+    raster = cells(text, "random ≫ raster")
+    assert raster[1] == "patch-random / patch-raster" and raster[3] == "+20.00 (Table 2)"
+    assert raster[4] == raster[5] == "+5.00, t 6.12 at 4.0: **higher, p < 0.05**"
+    assert cells(text, "segments > patches")[4] == "+0.00: not enough seeds"
+    assert cells(text, "coherent > incoherent")[4:] == ["not run yet"] * 2
+    passes = cells(text, "RandSAC > MAE, equal passes")
+    assert passes[2].endswith(", 2.50") and passes[4].endswith("no difference seen")
+    assert "20 comparisons at 5 %" in text
+    assert "13 runs are logged. Missing, by variant and seed: square-16-k4-0, " in text
+    assert "blob-9-1" in text and "mae-2" not in text and "square-16-0" not in text
+    assert "square-16-1, square-16-2, " in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {7, 8}
+
+    image = Image.open(logged / "evidence.png").convert("RGB")
+    seen = {colour for _, colour in image.getcolors(1 << 24)}
+    assert image.width == 1600
+    assert {(0, 114, 178), (26, 26, 26), (0, 158, 115)} <= seen  # square 16, mae, raster
+    assert (136, 34, 85) not in seen  # square 4 has no log
 
 
-def test_once_all_runs_are_logged_nothing_is_preliminary(here, monkeypatch):
+def test_a_planted_log_changes_a_verdict(logged):
+    before = cells(report(), "random ≫ raster")
+    log("patch-raster", 44, 45, 51)
+    after = cells(report(), "random ≫ raster")
+    assert before[4].endswith("**higher, p < 0.05**") and after[4].endswith("no difference seen")
+    assert before[:4] == after[:4]
+
+
+def test_every_variant_has_its_dot_in_the_picture():
+    drawn = [name for names in ev.COLOURS.values() for name in names]
+    assert sorted(drawn) == sorted(ev.VARIANTS) and len(ev.COLOURS) <= len(ev.HUES)
+
+
+def test_once_all_runs_are_logged_none_is_missing(logged):
+    ev.write_rows(ev.LOGS / "floors.jsonl", [{"floor": "--random-init", "lin": 1.0, "knn": 2.0}])
     for name in ev.VARIANTS:
-        log(name, *[50, 51, 52][:3 if name in ev.MORE_SEEDS else 1])
-    assert "preliminary" not in report(monkeypatch)
+        log(name, *[50, 51, 53][: sum(found[0] == name for found in ev.JOBS.values())])
+    text = report()
+    assert "43 runs are logged. Missing, by variant and seed: none." in text
+    assert "seeds" not in text.partition("| claim |")[2]
 
 
-def test_pooled_deviation_and_the_edge_of_a_verdict():
-    assert ev.pooled_deviation([[1, 3], [5], [0, 0, 0]]) == pytest.approx((2 / 3) ** 0.5)  # (1*2 + 2*0) / 3
-    assert ev.pooled_deviation([[1], [2]]) is None
-    for gap, word in (2.9, "reproduced"), (2.8, "not seen"), (-2.8, "not seen"), (-2.9, "contradicted"):  # 2 sqrt 2
-        assert ev.verdict([gap], [0], 1.0).startswith(f"**{word}")
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"recipe": MICRO}, "no-skip-0.jsonl is of other flags"),
+        ({"flags": "--segments patch"}, "no-skip-0.jsonl is of other flags"),
+        ({"data": "other"}, "several data sets: .'d', 'other'."),
+    ],
+)
+def test_logs_of_another_kind_are_refused(logged, setting, words):
+    log("no-skip", 50, **setting)
+    with pytest.raises(UserError, match=words):
+        report()
+    assert "\nold\n" in ev.README.read_text() and not ev.PICTURE.exists()
 
 
-def test_what_the_user_can_mend(here, monkeypatch):
-    with pytest.raises(UserError, match="no logs"):
-        report(monkeypatch)
-    log("mae", 50)
-    log("no-skip", 50, recipe=MICRO + " --lr 1")
-    with pytest.raises(UserError, match="differ in recipe"):
-        report(monkeypatch)
-    log("no-skip", 50)
+def test_what_the_user_can_mend(logged):
+    (ev.LOGS / "speed.jsonl").unlink()
+    with pytest.raises(UserError, match="not all is timed"):
+        report()
     ev.README.write_text("no markers")
     with pytest.raises(UserError, match="has no line <!-- evidence -->"):
-        report(monkeypatch)
+        report()
     (ev.LOGS / "mae-0.jsonl").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        report(monkeypatch)
+    with pytest.raises(UserError, match="mae-0.jsonl is damaged .* remove it"):
+        report()
+    for path in ev.LOGS.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="no logs .* run --data-dir DIR"):
+        report()
     assert ev.README.read_text() == "no markers" and not ev.PICTURE.exists()
 
 
-def test_the_readme_has_the_markers():
-    text = (ROOT / "README.md").read_text()
-    assert text.index(ev.BEGIN) < text.index(ev.END)
+def test_the_readme_says_what_the_logs_say():
+    runs, settings, missing = ev.read_logs()
+    floors = ev.read_rows(ev.LOGS / "floors.jsonl")
+    text = "\n".join(ev.describe(runs, settings, missing, ev.costs(), floors))
+    assert f"{ev.BEGIN}\n{text}\n{ev.END}" in ev.README.read_text(), "run evidence.py report"
+
+
+def test_logs_name_no_place_on_a_machine():
+    for path in ev.LOGS.iterdir():
+        assert "/" not in path.read_text(), path

@@ -1,5 +1,7 @@
 """Section 3.2: grouping tokens into segments."""
+
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,26 +10,43 @@ from conftest import micro, random_config
 
 import randsac
 
-STRATEGIES = [("patch", ()), ("square", (4,)), ("square", (16, 4)), ("square", (64, 16, 4)), ("blob", (7,)),
-              ("blob", (11, 5)), ("blob", (20, 9, 3)), ("scatter", (9,)), ("scatter", (11, 5)), ("mae", ())]
+STRATEGIES = [
+    ("patch", ()),
+    ("square", (4,)),
+    ("square", (16, 4)),
+    ("square", (64, 16, 4)),
+    ("blob", (7,)),
+    ("blob", (11, 5)),
+    ("blob", (20, 9, 3)),
+    ("scatter", (9,)),
+    ("scatter", (11, 5)),
+    ("mae", ()),
+]
+ORDERED = [(*strategy, "random") for strategy in STRATEGIES]
+ORDERED += [(*strategy, "raster") for strategy in STRATEGIES if strategy[0] != "mae"]
 
 
-def draw(segments, hierarchy, batch=50, order="random", seed=0, size=32):
-    config = micro(image_size=size, segments=segments, hierarchy=hierarchy, order=order)
+def draw(segments, hierarchy, batch=50, seed=0, image_size=32, **settings):
+    config = micro(image_size=image_size, segments=segments, hierarchy=hierarchy, **settings)
     return randsac.sample_ranks(config, batch, generator=randsac.seeded("cpu", seed))
 
 
-@pytest.mark.parametrize("order", ["random", "raster"])
-@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
+def assert_dense(row):
+    assert row.unique().tolist() == list(range(int(row.max()) + 1))
+
+
+@pytest.mark.parametrize("segments, hierarchy, order", ORDERED)
 def test_ranks_are_dense_reproducible_and_fresh(segments, hierarchy, order):
     ranks = draw(segments, hierarchy, order=order)
-    assert ranks.shape == (50, 64) and ranks.dtype == torch.int64
+    assert ranks.shape == (50, 64)
+    assert ranks.dtype == torch.int64
     for row in ranks:
-        assert row.unique().tolist() == list(range(int(row.max()) + 1))
+        assert_dense(row)
     assert torch.equal(ranks, draw(segments, hierarchy, order=order))
-    if order == "random" or segments == "mae":
+    if order == "random":
         assert not torch.equal(ranks, draw(segments, hierarchy, order=order, seed=1))
-        assert len({tuple(row.tolist()) for row in ranks}) > (15 if hierarchy == (4,) else 49)  # 4 segments: 24 orders
+        different = {tuple(row.tolist()) for row in ranks}
+        assert len(different) > (15 if hierarchy == (4,) else 49)  # 4 segments have 24 orders
 
 
 def test_ranks_of_random_configurations_are_dense():
@@ -35,7 +54,7 @@ def test_ranks_of_random_configurations_are_dense():
     for _ in range(100):
         config = random_config(rng)
         for row in randsac.sample_ranks(config, 4):
-            assert row.unique().tolist() == list(range(int(row.max()) + 1)), config
+            assert_dense(row)
 
 
 @pytest.mark.parametrize("count, M", [(64, 1), (16, 2), (4, 4)])
@@ -44,7 +63,7 @@ def test_squares_are_M_by_M(count, M):
         grid = row.view(8, 8)
         for i in range(0, 8, M):
             for j in range(0, 8, M):
-                assert (grid[i:i + M, j:j + M] == grid[i, j]).all()
+                assert (grid[i : i + M, j : j + M] == grid[i, j]).all()
         assert row.bincount().tolist() == [M * M] * count
 
 
@@ -52,55 +71,119 @@ def test_square_of_one_token_is_patch():
     assert torch.equal(draw("square", (64,)), draw("patch", ()))
 
 
+def test_squares_of_every_level_nest():
+    config = micro(image_size=32, segments="square", hierarchy=(64, 16, 4))
+    levels = randsac.sample_levels(config, 3)
+    assert [len(level[0].unique()) for level in levels] == [64, 16, 4]
+    for fine, coarse in pairwise(levels):
+        for segment in fine[0].unique():
+            assert len(coarse[0][fine[0] == segment].unique()) == 1
+
+
+def slow_blobs(points, drawn):
+    """Points [n,2] of a sample, its drawn numbers [K,5] -> the nearest of the Gaussians by the
+    formula, with covariance matrices."""
+    ids = []
+    for point in points:
+        distances = []
+        for x, y, first, second, turn in drawn:
+            scale = np.diag([(0.1 + 0.2 * first) ** 2, (0.1 + 0.2 * second) ** 2])
+            cos = math.cos(math.pi * turn)
+            sin = math.sin(math.pi * turn)
+            rotation = np.array([[cos, -sin], [sin, cos]])
+            offset = point - np.array([x, y])
+            distances.append(offset @ np.linalg.inv(rotation @ scale @ rotation.T) @ offset)
+        ids.append(int(np.argmin(distances)))
+    return ids
+
+
 def test_blob_is_the_nearest_gaussian_by_mahalanobis_distance():
     B, K, grid = 20, 6, 8
-    points = torch.tensor([[(x + 0.5) / grid, (y + 0.5) / grid] for y in range(grid) for x in range(grid)])
-    ids, means = randsac.blob_segments(points.expand(B, -1, -1), K, randsac.seeded("cpu", 3))
-    u = torch.rand(B, K, 5, generator=randsac.seeded("cpu", 3)).double().movedim(-1, 0)  # mean, deviations, angle
-    assert torch.equal(means.double(), torch.stack([u[0], u[1]], -1))
+    points = [((n % grid + 0.5) / grid, (n // grid + 0.5) / grid) for n in range(grid**2)]  # x, y
+    given = torch.tensor(points).expand(B, -1, -1)
+    ids, means = randsac.blob_segments(given, K, randsac.seeded("cpu", 3))
+    drawn = torch.rand(B, K, 5, generator=randsac.seeded("cpu", 3))
+    assert torch.equal(means, drawn[..., :2])
     agree = 0
     for b in range(B):
-        for n, point in enumerate(points.double().numpy()):
-            distance = []
-            for k in range(K):
-                angle, scale = math.pi * u[4, b, k].item(), np.diag((0.1 + 0.2 * u[2:4, b, k].numpy()) ** 2)
-                turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-                offset = point - means[b, k].double().numpy()
-                distance.append(offset @ np.linalg.inv(turn @ scale @ turn.T) @ offset)
-            agree += int(np.argmin(distance) == ids[b, n])
+        expected = slow_blobs(np.array(points), drawn[b].double().numpy())
+        agree += sum(a == b for a, b in zip(expected, ids[b].tolist()))
     assert agree >= B * 64 - 1  # one tie may fall otherwise in float32
+
+    # A strategy's blobs are these, with the tokens' centres as points, x along columns.
+    config = micro(image_size=32, segments="blob", hierarchy=(K,))
+    levels = randsac.sample_levels(config, B, generator=randsac.seeded("cpu", 3))
+    assert torch.equal(levels[0], ids)
+
+
+def test_coarser_blobs_group_the_means_of_finer_ones():
+    config = micro(image_size=32, segments="blob", hierarchy=(11, 5))
+    levels = randsac.sample_levels(config, 20, generator=randsac.seeded("cpu", 7))
+    generator = randsac.seeded("cpu", 7)
+    fine = torch.rand(20, 11, 5, generator=generator)
+    coarse = torch.rand(20, 5, 5, generator=generator)
+    agree = 0
+    for b in range(20):
+        means = fine[b, :, :2].double().numpy()
+        partition_of = slow_blobs(means, coarse[b].double().numpy())
+        expected = [partition_of[k] for k in levels[0][b].tolist()]
+        agree += expected == levels[1][b].tolist()
+    assert agree >= 19
 
 
 def test_blob_counts_and_sizes_vary():
     ranks = draw("blob", (7,), batch=500)
     counts = ranks.max(1).values + 1
-    assert counts.max() == 7 and counts.min() < 7  # a component that wins no token is not there
-    assert len({tuple(sorted(row.bincount().tolist())) for row in ranks}) > 300
+    assert counts.max() == 7
+    assert counts.min() < 7  # a Gaussian that wins no token is not there
+    sizes = {tuple(sorted(row.bincount().tolist())) for row in ranks}
+    assert len(sizes) > 300
 
 
-def test_blobs_nest():
-    for counts in [(11, 5), (30, 11, 5, 2)]:
-        config = micro(image_size=32, segments="blob", hierarchy=counts)
-        levels = randsac.sample_levels(config, 100, generator=randsac.seeded("cpu", 0))
-        for fine, coarse in zip(levels, levels[1:]):
-            for b in range(100):
-                for segment in fine[b].unique():
-                    assert len(coarse[b][fine[b] == segment].unique()) == 1
+@pytest.mark.parametrize("counts", [(11, 5), (30, 11, 5, 2)])
+def test_blobs_nest(counts):
+    config = micro(image_size=32, segments="blob", hierarchy=counts)
+    levels = randsac.sample_levels(config, 100, generator=randsac.seeded("cpu", 0))
+    assert len(levels) == len(counts)
+    for fine, coarse in pairwise(levels):
+        for b in range(100):
+            for segment in fine[b].unique():
+                assert len(coarse[b][fine[b] == segment].unique()) == 1
 
 
 def test_scatter_has_the_sizes_of_blob_but_no_place():
-    config = {s: micro(image_size=32, segments=s, hierarchy=(9,)) for s in ("blob", "scatter")}
-    blob, scatter = (randsac.sample_levels(c, 200, generator=randsac.seeded("cpu", 0))[0] for c in config.values())
-    assert all(sorted(a.bincount().tolist()) == sorted(b.bincount().tolist()) for a, b in zip(blob, scatter))
+    levels = []
+    for segments in ("blob", "scatter"):
+        config = micro(image_size=32, segments=segments, hierarchy=(9,))
+        levels += randsac.sample_levels(config, 200, generator=randsac.seeded("cpu", 0))
+    blob, scatter = levels
+    for a, b in zip(blob, scatter):
+        assert sorted(a.bincount().tolist()) == sorted(b.bincount().tolist())
 
     def spread(ids):  # mean distance of tokens to their segment's centre
         place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
-        return sum((place[row == k] - place[row == k].mean(0)).norm(dim=1).sum() for row in ids for k in row.unique()) / ids.numel()
+        total = 0
+        for row in ids:
+            for k in row.unique():
+                mine = place[row == k]
+                total += (mine - mine.mean(0)).norm(dim=1).sum()
+        return total / ids.numel()
 
     assert spread(blob) < 0.7 * spread(scatter)
-    near_by = torch.stack([(row.view(8, 8)[:, 1:] == row.view(8, 8)[:, :-1]).float().mean() for row in scatter]).mean()
+
+    # Neighbours share a segment no more often than any two tokens.
+    grid = scatter.view(200, 8, 8)
+    neighbours = (grid[:, :, 1:] == grid[:, :, :-1]).float().mean()
     chance = torch.stack([((row.bincount() / 64) ** 2).sum() for row in scatter]).mean()
-    assert abs(near_by - chance) < 0.03  # neighbours share a segment no more often than any two tokens
+    assert abs(neighbours - chance) < 0.03
+
+
+def test_scattered_segments_stay_in_their_partitions():
+    config = micro(image_size=32, segments="scatter", hierarchy=(11, 5))
+    fine, coarse = randsac.sample_levels(config, 100, generator=randsac.seeded("cpu", 0))
+    for b in range(100):
+        for segment in fine[b].unique():
+            assert len(coarse[b][fine[b] == segment].unique()) == 1
 
 
 def test_mae_gives_a_random_quarter():
@@ -108,11 +191,60 @@ def test_mae_gives_a_random_quarter():
     assert (ranks.sum(1) == 48).all()
     share = (ranks == 0).float().mean(0)
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
-    assert (draw("mae", (), batch=8, size=8).sum(1) == 3).all()  # 4 tokens: 1 given
+    assert (draw("mae", (), batch=8, image_size=8).sum(1) == 3).all()  # 4 tokens: 1 given
 
 
 @pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
 def test_segment_sizes_are_those_of_the_ranks(segments, hierarchy):
     sizes = randsac.segment_sizes(micro(image_size=32, segments=segments, hierarchy=hierarchy))
     drawn = {tuple(row.bincount().tolist()) for row in draw(segments, hierarchy)}
-    assert drawn == {tuple(sizes)} if sizes else len(drawn) > 1
+    if segments in ("blob", "scatter"):
+        assert sizes is None
+        assert len(drawn) > 1
+    else:
+        assert drawn == {tuple(sizes)}
+
+
+# --- --last-rank, this project's own addition: what would come after rank K is predicted with it
+
+CUT = [(segments, hierarchy) for segments, hierarchy in STRATEGIES if segments != "mae"]
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+@pytest.mark.parametrize("segments, hierarchy", CUT)
+def test_ranks_after_the_last_one_become_the_last_one(segments, hierarchy, order):
+    whole = draw(segments, hierarchy, order=order)
+    count = hierarchy[0] if hierarchy else 64
+    for K in {1, 2, count // 2, count - 2}:
+        ranks = draw(segments, hierarchy, order=order, last_rank=K)
+        expected = [[min(rank, K) for rank in row] for row in whole.tolist()]
+        assert ranks.tolist() == expected
+        assert int(ranks.max()) == K
+
+
+@pytest.mark.parametrize("segments, hierarchy", CUT)
+def test_segment_sizes_with_a_last_rank_are_those_of_the_ranks(segments, hierarchy):
+    for K in (1, 2):
+        config = micro(image_size=32, segments=segments, hierarchy=hierarchy, last_rank=K)
+        sizes = randsac.segment_sizes(config)
+        if segments in ("blob", "scatter"):
+            assert sizes is None
+        else:
+            size = 64 // (hierarchy[0] if hierarchy else 64)
+            assert list(sizes) == [size] * K + [64 - K * size]
+            for row in draw(segments, hierarchy, last_rank=K):
+                assert row.bincount().tolist() == sizes
+
+
+@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
+def test_a_last_rank_that_changes_nothing_is_refused(segments, hierarchy):
+    count = hierarchy[0] if hierarchy else 64
+    if segments == "mae":
+        count = 2
+    for K in (count - 1, count, 1000):
+        with pytest.raises(randsac.UserError, match=f"--last-rank {K} changes nothing in {count}"):
+            micro(image_size=32, segments=segments, hierarchy=hierarchy, last_rank=K)
+    with pytest.raises(randsac.UserError, match="--last-rank is -1"):
+        micro(image_size=32, segments=segments, hierarchy=hierarchy, last_rank=-1)
+    allowed = max(count - 2, 0)  # the largest that changes something, or 0: none
+    micro(image_size=32, segments=segments, hierarchy=hierarchy, last_rank=allowed)

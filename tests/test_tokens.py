@@ -1,4 +1,5 @@
-"""Section 3.1: from pixels to tokens; Section 5: what is predicted."""
+"""Section 3.1: from pixels to tokens; Section 5: what is predicted, and the loss."""
+
 import pytest
 import torch
 from conftest import micro, random_model
@@ -13,41 +14,66 @@ def test_patchify_is_cut_out_by_hand(size, patch):
     side = size // patch
     assert tokens.shape == (2, side * side, 3 * patch * patch)
     for n in range(side * side):
-        row, col = divmod(n, side)
-        cut = images[:, :, row * patch:(row + 1) * patch, col * patch:(col + 1) * patch]  # [B,C,P,P]
+        y = n // side * patch
+        x = n % side * patch
+        cut = images[:, :, y : y + patch, x : x + patch]  # [B,C,P,P]
         assert torch.equal(tokens[:, n], cut.permute(0, 2, 3, 1).flatten(1))
     assert torch.equal(randsac.unpatchify(tokens, patch), images)
 
 
-def test_patchify_takes_oblong_images_and_refuses_a_wrong_patch_size():
+def test_images_may_have_any_number_of_channels():
+    images = torch.randn(2, 5, 12, 12)
+    tokens = randsac.patchify(images, 4)
+    assert tokens.shape == (2, 9, 80)
+    assert torch.equal(randsac.unpatchify(tokens, 4), images)
+
+
+@pytest.mark.parametrize("height, width", [(4, 6), (6, 4), (2, 2)])
+def test_patchify_takes_oblong_images_and_refuses_a_wrong_patch_size(height, width):
     assert randsac.patchify(torch.zeros(1, 3, 4, 8), 4).shape == (1, 2, 48)
-    with pytest.raises(ValueError, match="does not divide"):
-        randsac.patchify(torch.zeros(1, 3, 4, 6), 4)
+    with pytest.raises(randsac.UserError, match=f"--patch-size 4 .* {height} x {width} pixels"):
+        randsac.patchify(torch.zeros(1, 3, height, width), 4)
 
 
 def test_normalized_target_has_mean_0_and_deviation_1_in_each_patch_alone():
     tokens = torch.randn(2, 5, 48) * (1 + torch.rand(2, 5, 1) * 9) + torch.randn(2, 5, 1)
     target = randsac.normalize_patches(tokens)
-    assert target.mean(-1).abs().max() < 1e-5 and (target.std(-1) - 1).abs().max() < 1e-4
-    alone = torch.stack([torch.stack([randsac.normalize_patches(patch[None])[0] for patch in image]) for image in tokens])
-    assert torch.allclose(target, alone, atol=1e-6)
-    assert torch.isfinite(randsac.normalize_patches(torch.ones(1, 1, 48))).all()  # a patch of one colour
+    assert target.mean(-1).abs().max() < 1e-5
+    assert (target.std(-1) - 1).abs().max() < 1e-4  # torch's is the unbiased one
+    for b in range(2):
+        for n in range(5):
+            alone = randsac.normalize_patches(tokens[b : b + 1, n : n + 1])
+            assert torch.allclose(target[b, n], alone[0, 0], atol=1e-6)
 
 
-def test_loss_is_mean_square_over_predicted_tokens_then_samples():
-    for target in ("normalized", "pixels"):
-        config = micro(segments="blob", hierarchy=(3,), target=target)
-        model, images = random_model(config), torch.randn(6, 3, 16, 16).double()
-        ranks = randsac.sample_ranks(config, 6, generator=randsac.seeded("cpu", 5))
-        ranks[0] = 0  # a single segment: nothing is predicted, it counts zero
-        tokens = randsac.patchify(images, 4)
-        wanted = randsac.normalize_patches(tokens) if target == "normalized" else tokens
-        prediction = model.predict(images, ranks)
-        losses = []
-        for b in range(6):
-            errors = [((prediction[b, n] - wanted[b, n]) ** 2).mean() for n in range(16) if ranks[b, n] > 0]
-            losses.append(sum(errors) / len(errors) if errors else torch.zeros(()))
-        assert torch.allclose(model(images, ranks), torch.stack([x.double() for x in losses]).mean(), atol=1e-10)
+def test_a_patch_of_one_colour_has_a_target_of_zeros_and_a_faint_one_is_not_blown_up():
+    assert (randsac.normalize_patches(torch.ones(1, 1, 48)) == 0).all()
+    faint = 1e-6 * torch.randn(1, 1, 48, dtype=torch.double)  # far below the 1e-6 of the variance
+    assert randsac.normalize_patches(faint).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("target", ["normalized", "pixels"])
+def test_loss_is_mean_square_over_predicted_tokens_then_samples(target):
+    config = micro(segments="blob", hierarchy=(3,), target=target)
+    model = random_model(config)
+    images = torch.randn(6, 3, 16, 16).double()
+    ranks = randsac.sample_ranks(config, 6, generator=randsac.seeded("cpu", 5))
+    ranks[0] = 0  # a single segment: nothing is predicted, it counts zero
+    prediction = model.predict(images, ranks)
+    tokens = randsac.patchify(images, 4)
+    losses = []
+    for b in range(6):
+        errors = []
+        for n in range(16):
+            wanted = tokens[b, n]
+            if target == "normalized":
+                wanted = (wanted - wanted.mean()) / (wanted.var() + 1e-6).sqrt()
+            if ranks[b, n] > 0:
+                errors.append(((prediction[b, n] - wanted) ** 2).mean().item())
+        losses.append(sum(errors) / max(len(errors), 1))
+    counts = {int((row > 0).sum()) for row in ranks}
+    assert len(counts) > 2  # else means over samples and over tokens would be the same
+    assert model(images, ranks).item() == pytest.approx(sum(losses) / 6, abs=1e-10)
 
 
 def test_pixel_tokens_are_predicted_as_plain_pixels_by_default():
@@ -55,10 +81,19 @@ def test_pixel_tokens_are_predicted_as_plain_pixels_by_default():
     assert micro().target == "normalized"
 
 
-def test_image_of_one_sample_is_not_touched_by_another():
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_sample_is_not_touched_by_another(trim):
     config = micro()
-    model, ranks = random_model(config), randsac.sample_ranks(config, 2)
-    images = torch.randn(2, 3, 16, 16).double()
-    changed = images.clone()
+    model = random_model(config)
+    ranks = randsac.sample_ranks(config, 2)
+    tokens = torch.randn(2, 16, 48).double()
+    changed = tokens.clone()
     changed[1] += 1
-    assert torch.equal(model.predict(images, ranks)[0].nan_to_num(), model.predict(changed, ranks)[0].nan_to_num())
+    if trim:
+        before, _ = model.decode_trimmed(tokens, ranks)
+        after, _ = model.decode_trimmed(changed, ranks)
+    else:
+        before = model.decode(tokens, ranks)
+        after = model.decode(changed, ranks)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
