@@ -670,7 +670,8 @@ def load_images(config, train):
         data = cifar(config.data_dir, train, download=True)
     except Exception as error:  # whatever the network did; torchvision checks the archive's sum
         if not own_archive:
-            archive.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                archive.unlink()
         mend = f"put {cifar.filename} in {config.data_dir}/ yourself, or use --dataset shapes"
         raise UserError(f"{cifar.url} cannot be had ({error}): {mend}") from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # [n,3,32,32]
@@ -744,7 +745,7 @@ def draw_part(labels, size, generator):
 
 def is_visible(name):
     """Whether a name is the user's: entries like .git, @eaDir and __MACOSX are a system's."""
-    return not name.startswith((".", "@", "__"))
+    return not name.startswith((".", "@", "__", "$", "lost+found", "randsac-cache"))
 
 
 def is_image(name):
@@ -782,7 +783,8 @@ def list_folder(root):
                 found = training if split == "train" else held_out
                 found += [(Path(place, file), label) for file in files if is_image(file)]
                 left_out += [file for file in files if not is_image(file)]
-    empty = [name for i, name in enumerate(classes) if i not in {label for _, label in training}]
+    there = {label for _, label in training}
+    empty = [name for label, name in enumerate(classes) if label not in there]
     check(
         classes and not empty, f"no images in {root / 'train'} for {empty or 'any class'}; {wanted}"
     )
@@ -804,12 +806,14 @@ def load_folder(root, size, train):
         return torch.empty(shape, dtype=torch.uint8), labels, classes
 
     # The decoded images lie beside the folder. Their name tells what they were made of.
-    known = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stats = [f.stat() if f.exists() else os.stat_result([0] * 10) for f in files]
+    known = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)]
     key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     place = Path(f"{root.resolve()}.cache")
     if not os.access(place.parent, os.W_OK):
         print(f"{place.parent} is read-only: decoded images go to runs/cache")
-        place = Path("runs/cache", str(root.resolve()).strip("/").replace("/", "-"))
+        where = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+        place = Path("runs/cache", f"{root.resolve().name}-{where}")
     place.mkdir(parents=True, exist_ok=True)
     kind = f"{'train' if train else 'test'}-{size}"
     cache = place / f"{kind}-{key}.npy"
@@ -1119,7 +1123,9 @@ def wrap(model, config, device, world):
 
 def check_free(config):
     again = command_line("randsac.py", "--resume", config.out)
-    taken = config.out and Path(config.out, "checkpoint.pt").exists()
+    log = Path(config.out, "metrics.jsonl")
+    logged = log.exists() and log.stat().st_size > 0
+    taken = config.out and (logged or Path(config.out, "checkpoint.pt").exists())
     check(not taken, f"{config.out} holds a run: go on with it by {again}, or choose another --out")
 
 
@@ -1247,6 +1253,7 @@ def train(config, saved, device, process=0, world=1):
             if saves:
                 save(done)
             if stop:
+                bar.close()
                 print(f"stopped. To go on: {command_line('randsac.py', '--resume', config.out)}")
                 return 128 + signals[0]
             losses = []
@@ -1298,7 +1305,7 @@ def make_parser(description, leave_out=()):
 
 def user_path(text):
     """A path as a shell reads it, also where none does, as in --out=~/run."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def command_line(script, *arguments):

@@ -19,7 +19,7 @@ PAGES = {
     for name in ("README.md", "tests/README.md", "results/README.md")
 }
 PROGRAMS = "randsac.py", "probe.py", "visualize.py", "results/evidence.py", "tests/assignment.py"
-PRINTED = re.findall(r"^\$ python -c '(.*)'\n((?:(?!\$ |```).*\n)+)", README, re.M)
+PRINTED = re.findall(r"^\$ python -c '(.*)'\n((?:(?!\$ |```).*\n)+)", README, re.MULTILINE)
 FLAG = r"(?<![\w-])--[a-z0-9]+(?:-[a-z0-9]+)*(?![\w-])"
 FOREIGN = {"--nproc-per-node"}  # torchrun's
 
@@ -28,7 +28,7 @@ FOREIGN = {"--nproc-per-node"}  # torchrun's
 def test_a_command_prints_what_is_said(code, output, monkeypatch):
     monkeypatch.chdir(ROOT)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, {})
+        exec(code, {})  # noqa: S102 (the README is ours)
     assert printed.getvalue() == output
 
 
@@ -73,7 +73,7 @@ def test_a_command_has_only_flags_of_its_program(page, flags):
 def test_functions_are_there():
     table = README.partition("## The paper, line by line")[2].partition("Tables 1 to 6")[0]
     rows = [row.split("|")[2] for row in table.splitlines() if row.startswith("| ")][1:]
-    steps = re.findall(r"Read (.*?)\. Look", README, re.S)
+    steps = re.findall(r"Read (.*?)\. Look", README, re.DOTALL)
     names = re.findall(r"`([A-Za-z_.]+)`", "".join([*rows, *steps]))
     assert len(names) > 20
     for name in {*names} - {"raster", "linear"}:  # a value of --order; a function of probe.py
