@@ -745,7 +745,7 @@ def draw_part(labels, size, generator):
 
 def is_visible(name):
     """Whether a name is the user's: entries like .git, @eaDir and __MACOSX are a system's."""
-    return not name.startswith((".", "@", "__", "$", "lost+found", "randsac-cache"))
+    return not name.startswith((".", "@", "__", "$RECYCLE", "lost+found", "randsac-cache"))
 
 
 def is_image(name):
