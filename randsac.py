@@ -1318,8 +1318,8 @@ def run_command(main):
     """Runs a command's main(arguments). This is the one place where an error that the user or the
     machine can mend becomes a line, and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal may lack a letter of a path; a log file is to be read while it is written.
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        with contextlib.suppress(AttributeError):  # of a notebook
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a path's letters
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -1351,15 +1351,15 @@ def read_flags(given):
         check_free(config)
         return config, None
 
-    run = user_path(given.pop("resume"))
-    check(run.is_dir(), f"--resume takes the directory of a run, and {run} is none")
-    saved, config = load_checkpoint(run / "checkpoint.pt")
+    run = os.path.expanduser(given.pop("resume"))
+    check(os.path.isdir(run), f"--resume takes the directory of a run, and {run} is none")
+    saved, config = load_checkpoint(Path(run, "checkpoint.pt"))
     whole = {"optimizer", "scaler", "rows", "images", "step", "world"} <= saved.keys()
-    again = command_line("randsac.py", "--init", run / "checkpoint.pt")
+    again = command_line("randsac.py", "--init", Path(run, "checkpoint.pt"))
     check(whole, f"{run} holds only a model: begin a run from it by {again}")
     others = sorted(flag_name(name) for name in given.keys() - {"device", "data_dir", "compile"})
     check(not others, f"--resume takes its flags from the run: leave out {' '.join(others)}")
-    return dataclasses.replace(config, **given, out=str(run)), saved
+    return dataclasses.replace(config, **given, out=run), saved
 
 
 def join_processes(config, device):
