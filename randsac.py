@@ -785,9 +785,8 @@ def list_folder(root):
                 left_out += [file for file in files if not is_image(file)]
     there = {label for _, label in training}
     empty = [name for label, name in enumerate(classes) if label not in there]
-    check(
-        classes and not empty, f"no images in {root / 'train'} for {empty or 'any class'}; {wanted}"
-    )
+    full = training and not empty
+    check(full, f"{root / 'train'} has no images of {empty or 'any class'}; {wanted}")
     return classes, sorted(training), sorted(held_out), left_out
 
 
@@ -806,8 +805,10 @@ def load_folder(root, size, train):
         return torch.empty(shape, dtype=torch.uint8), labels, classes
 
     # The decoded images lie beside the folder. Their name tells what they were made of.
-    stats = [f.stat() if f.exists() else os.stat_result([0] * 10) for f in files]
-    known = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)]
+    known = []
+    for file in files:
+        stat = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
+        known.append((str(file.relative_to(root)), stat))
     key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     place = Path(f"{root.resolve()}.cache")
     if not os.access(place.parent, os.W_OK):

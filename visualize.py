@@ -610,7 +610,7 @@ def draw_attention(model, image, ranks, token=None):
         outline(picture, here, RED, 4)
     title = "Where a token looks (Section 4.1)"
     note = f"""The outlined token (rank {ranks[token]}): a row for each encoder layer, the first on
-        top, a column for each head. Left, later segments are hidden (grey). Each map has its scale."""
+        top, a column for each head. Left, later segments are hidden (grey). A scale per map."""
     key = swatch("weight: 0 ... largest of the map", 400, RAMP)
     return sheet(title, note, [top, panels, [key]])
 
