@@ -85,8 +85,8 @@ def unpatchify(tokens, patch_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Segments (Section 3.2): which tokens belong together. A *level* holds an id, any of 0..N-1,
-# for each token; tokens with the same id belong together.
+# 2. Segments (Section 3.2): which tokens belong together. A *level* holds an id for each token, a
+# whole number below N; tokens with the same id belong together. Not every id has to be used.
 
 
 def square_segments(grid, count):
@@ -117,8 +117,8 @@ def nearest_gaussian(points, mean, deviation, angle):
 
 
 def blob_segments(points, count, generator=None):
-    """points [B,n,2] in the unit square -> ids [B,n] of the nearest of `count` random Gaussians,
-    their means [B,count,2]. One that is nearest to no point is simply not there.
+    """points [B,n,2] in the unit square -> ids [B,n], means [B,count,2]: the nearest of `count`
+    random Gaussians. One that is nearest to no point is simply not there.
 
     The range of the deviations is open in the paper. A common factor would change nothing: only
     their ratio, here up to 3, shapes the blobs. That their axes are turned is our choice too."""
@@ -153,12 +153,12 @@ def sample_levels(config, batch, device="cpu", generator=None):
     ids, means = blob_segments(points, config.hierarchy[0], generator)
     levels = [ids]
 
-    # Coarser blobs group the blobs below, by their means: a segment never lies in two partitions.
+    # Coarser blobs group the blobs below, by their means (our choice), so that partitions nest.
     for count in config.hierarchy[1:]:
         partition_of_blob, means = blob_segments(means, count, generator)  # [B,K], [B,count,2]
         levels.append(partition_of_blob.gather(1, levels[-1]))
 
-    # Table 5's control: segments of the same sizes, their tokens anywhere.
+    # Table 5's incoherent control ("Shuffle"): segments as large as blobs, their tokens anywhere.
     if config.segments == "scatter":
         places = permutations(batch, config.tokens, device, generator)
         levels = [ids.gather(1, places) for ids in levels]
@@ -186,7 +186,7 @@ def serialize(levels, order="random", generator=None):
     device = levels[0].device
     ranks = torch.zeros_like(levels[0])
     for ids in reversed(levels):
-        # A place, below N, for every id.
+        # When each id comes: a number below N, another for each.
         if order == "random":
             place = permutations(B, N, device, generator)
         else:  # that of the first token with this id
@@ -242,8 +242,8 @@ def sample_ranks(config, batch, device="cpu", generator=None):
 
 def attention_masks(ranks):
     """ranks [...,N] -> source, target, memory mask, bool [...,N,N] each (Figure 4). True: row i may
-    attend to column j. Source: the segment of j is that of i or an earlier one. Target: so, and j
-    has a rank >= 1. Memory: the segment of j is an earlier one."""
+    attend to column j. Source: the segment of j is that of i or an earlier one. Target: the same,
+    and j has a rank >= 1. Memory: the segment of j is an earlier one."""
     i = ranks[..., :, None]
     j = ranks[..., None, :]
     source = i >= j
@@ -254,7 +254,7 @@ def attention_masks(ranks):
 
 def positions(rows, cols, dim, device=None):
     """-> [rows*cols,dim]: fixed sine-cosine code of each token's row and column. The paper leaves
-    open whether positions have one dimension or two."""
+    open whether positions have one dimension or, as here, two."""
     frequency = 10_000 ** -(torch.arange(dim // 4, device=device) * 4 / dim)  # [dim/4]
     row = torch.arange(rows, device=device)
     col = torch.arange(cols, device=device)
@@ -365,7 +365,7 @@ class RandSAC(nn.Module):
             self.skip = nn.Parameter(W)
 
     def forward(self, images, ranks, trim=False):
-        """-> the loss of all tokens of rank >= 1. With `trim` by the cheaper of the two paths."""
+        """-> the loss of all tokens of rank >= 1. trim: by the cheaper decode_trimmed."""
         tokens = patchify(images, self.config.patch_size)  # [B,N,PPC]
         target = self.target(tokens)  # [B,N,PPC]
         if trim:
@@ -378,24 +378,25 @@ class RandSAC(nn.Module):
 
     def decode(self, tokens, ranks):
         """tokens [B,N,PPC], ranks [B,N] -> predictions [B,N,PPC] of all tokens, in raster order,
-        right for any ranks. Those of rank 0 mean nothing. Figure 4, line by line."""
-        source, target, memory = attention_masks(ranks[:, None])  # [B,1,N,N] each
+        right for any ranks. Figure 4, line by line. The ends, which Section 4.1 leaves out, are
+        there but change nothing; what is said of tokens of rank 0 means nothing."""
+        source_mask, target_mask, memory_mask = attention_masks(ranks[:, None])  # [B,1,N,N] each
 
         # A given token is never predicted, so it has nobody to look at; yet some attention kernels
         # return NaN for such a row. It may look at all: nobody reads what it finds.
         given = (ranks == 0)[:, None, :, None]  # [B,1,N,1]
-        target = target | given
-        memory = memory | given
+        target_mask = target_mask | given
+        memory_mask = memory_mask | given
 
         # The encoder sees pixels and positions. A token reads its own and earlier segments.
         grid = self.config.grid
         position = positions(grid, grid, self.config.dim, tokens.device).to(tokens.dtype)  # [N,D]
-        layers = self.run_encoder(self.embed(tokens) + position, source)
+        layers = self.run_encoder(self.embed(tokens) + position, source_mask)
 
         # The decoder is given positions and no pixels: where, not what.
         y = position.expand(len(tokens), -1, -1)  # [B,N,D]
         for layer, Z in zip(self.decoder, self.mix_skips(layers)):
-            y = layer(y, Z, target, memory)
+            y = layer(y, Z, target_mask, memory_mask)
         return self.head(y)
 
     def decode_trimmed(self, tokens, ranks):
@@ -407,25 +408,27 @@ class RandSAC(nn.Module):
         two ends, and one mask serves the whole batch."""
         sizes = segment_sizes(self.config)
         check(sizes, f"{self.config.segments} segments vary in size: they cannot be trimmed")
-        N = tokens.shape[1]
-        first = sizes[0]  # where rank 1 begins
-        last = N - sizes[-1]  # where the last rank begins
+        given = sizes[0]  # tokens of rank 0
+        known = sum(sizes[:-1])  # tokens before the last segment
 
         # Sorted by rank, all samples are alike.
         order = ranks.argsort(1)  # [B,N]
         sorted_ranks = ranks[:1].sort(1).values  # [1,N]
-        source, target, memory = attention_masks(sorted_ranks[:, None])  # [1,1,N,N] each
-        context = order[:, :last]  # [B,last]
-        predicted = order[:, first:]  # [B,n]
+        masks = attention_masks(sorted_ranks[:, None])
+        source_mask, target_mask, memory_mask = masks  # [1,1,N,N] each
+        encoded = order[:, :known]  # [B,known]
+        predicted = order[:, given:]  # [B,n]
 
         # As in decode, for the tokens that are left.
         grid = self.config.grid
         position = positions(grid, grid, self.config.dim, tokens.device).to(tokens.dtype)  # [N,D]
-        x = self.embed(take(tokens, context)) + position[context]  # [B,last,D]
-        layers = self.run_encoder(x, source[..., :last, :last])
+        x = self.embed(take(tokens, encoded)) + position[encoded]  # [B,known,D]
+        layers = self.run_encoder(x, source_mask[..., :known, :known])
+        target_mask = target_mask[..., given:, given:]  # [1,1,n,n]
+        memory_mask = memory_mask[..., given:, :known]  # [1,1,n,known]
         y = position[predicted]  # [B,n,D]
         for layer, Z in zip(self.decoder, self.mix_skips(layers)):
-            y = layer(y, Z, target[..., first:, first:], memory[..., first:, :last])
+            y = layer(y, Z, target_mask, memory_mask)
         return self.head(y), predicted
 
     def run_encoder(self, x, source_mask=None):
@@ -461,7 +464,7 @@ class RandSAC(nn.Module):
 
     def encode_layers(self, images):
         """images [B,3,H,W] of any size that P divides -> the outputs of all encoder layers, a list
-        of [B,n,D]. For probing masks and decoder are thrown away (Section 5.1)."""
+        of [B,n,D]. For probing masks and decoder are thrown away (Sections 4.1, 5.1)."""
         P = self.config.patch_size
         rows = images.shape[2] // P
         cols = images.shape[3] // P
@@ -476,7 +479,8 @@ class RandSAC(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Target and loss (Section 5)
+# 5. Target (Sections 3.1, 5) and loss. Section 3.1 speaks of plain pixels, Section 5 of pixels
+# normalized per patch; which of the two Tables 1 to 6 used is open.
 
 
 def normalize_patches(tokens):
@@ -524,12 +528,10 @@ DATASETS = {
 # What --segments fills in: the hierarchies of Tables 5 and 7.
 HIERARCHIES = {"patch": (), "square": (16, 4), "blob": (11, 5), "scatter": (9,), "mae": ()}
 
-AT_LEAST_ONE = {"image_size", "patch_size", "dim", "depth", "heads", "decoder_depth"}
-AT_LEAST_ONE |= {"epochs", "batch_size"}
 
-
-def flag(default, help, choices=()):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+def flag(default, help, choices=(), low=0):
+    metadata = {"help": help, "choices": tuple(choices), "low": low}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_name(field_name):
@@ -543,24 +545,24 @@ class Config:
 
     dataset: str = flag("shapes", "what to train on", DATASETS)
     data_dir: str = flag(None, "where images are or go: folder takes train/CLASS/ and test/CLASS/")
-    image_size: int = flag(32, "side of an image in pixels")
-    patch_size: int = flag(4, "side P of a patch (token) in pixels; 1: iGPT's pixel tokens")
+    image_size: int = flag(32, "side of an image in pixels", low=1)
+    patch_size: int = flag(4, "side P of a patch (token) in pixels; 1: as iGPT", low=1)
     segments: str = flag("square", "how tokens form segments (Section 3.2)", HIERARCHIES)
     hierarchy: tuple = flag(None, "how many segments, partitions, ... (Section 3.3), as 16 4")
     order: str = flag("random", "new each time, or row by row", ("random", "raster"))
     last_rank: int = flag(0, "predict all later segments with this one; 0: none (the paper)")
     model: str = flag(None, "size of the model: fills in the flags from dim to lr", MODELS)
-    dim: int = flag(None, "width of encoder and decoder")
-    depth: int = flag(None, "encoder layers")
-    heads: int = flag(None, "attention heads")
-    decoder_depth: int = flag(None, "decoder layers")
+    dim: int = flag(None, "width of encoder and decoder", low=1)
+    depth: int = flag(None, "encoder layers", low=1)
+    heads: int = flag(None, "attention heads", low=1)
+    decoder_depth: int = flag(None, "decoder layers", low=1)
     lr: float = flag(None, "peak learning rate for each 256 images of the batch")
-    skip: bool = flag(True, "trainable skip connections (Section 4.2)")
+    skip: bool = flag(True, "trainable skip connections (Section 4.2; Tables 1 to 6: none)")
     target: str = flag(None, "what is predicted (Section 5)", ("normalized", "pixels"))
     crop_scale: float = flag(0.3, "smallest share of the image that a random crop keeps, about")
-    epochs: int = flag(None, "passes over the training images; the paper's low-data runs: 1600")
+    epochs: int = flag(None, "passes over the training images (Table 7: 1600)", low=1)
     max_steps: int = flag(0, "stop after this many steps; 0: after the last epoch")
-    batch_size: int = flag(None, "images in a step, over all processes")
+    batch_size: int = flag(None, "images in a step, over all processes", low=1)
     weight_decay: float = flag(0.05, "weight decay of matrices")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
     seed: int = flag(0, "seed of everything random")
@@ -572,7 +574,7 @@ class Config:
     save_every: int = flag(0, "save every so many steps, besides every epoch")
 
     def __post_init__(self):
-        # Fill in what was left out.
+        # Fill in what was left out. What is given wins, then --model, then --dataset.
         dataset = DATASETS.get(self.dataset, {})
         if self.model is None:
             self.model = dataset.get("model")
@@ -595,7 +597,7 @@ class Config:
             check(type(value) in kinds, f"{name} is {value!r} but must be {field.type.__name__}")
             check(not choices or value in choices, f"{name} {value} is not one of {choices}")
             if int in kinds:
-                low = 1 if field.name in AT_LEAST_ONE else 0
+                low = field.metadata["low"]
                 check(low <= value <= 1e9, f"{name} is {value} but must be from {low} to 1e9")
         for name in ("data_dir", "out", "init"):  # ~ is left to us in --out=~/run
             setattr(self, name, os.path.expanduser(getattr(self, name)))
@@ -630,12 +632,11 @@ class Config:
         else:
             check(not counts, f"--segments {self.segments} takes no --hierarchy: leave it out")
         if self.segments == "square":
-            roots = [math.isqrt(count) for count in counts]
-            nested = all(a % b == 0 for a, b in itertools.pairwise([self.grid, *roots]))
             squares = [root**2 for root in range(2, self.grid + 1) if self.grid % root == 0]
-            fits = nested and [root**2 for root in roots] == list(counts)
-            words = f"choose of {squares} what cuts the tokens in squares within squares"
-            check(fits, f"--hierarchy {counts} does not fit {self.grid} x {self.grid}: {words}")
+            nested = all(a % b == 0 for a, b in itertools.pairwise(counts))
+            fits = nested and all(count in squares for count in counts)
+            message = f"--hierarchy {counts} cuts no squares within squares: choose of {squares}"
+            check(fits, f"{message}, each dividing the one before")
         acts = self.last_rank < max(segments - 1, 1)
         check(acts, f"--last-rank {self.last_rank} changes nothing in {segments} segments")
 
@@ -707,6 +708,8 @@ def draw_shapes(count, size, seed):
 
 def draw_part(labels, size, generator):
     """labels [B] -> images uint8 [B,3,size,size]."""
+    side = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(side, side, indexing="ij")  # [size,size] each
 
     def uniform(low, high, channels=1):  # [B,channels,1,1]
         drawn = torch.rand(len(labels), channels, 1, 1, generator=generator)
@@ -719,8 +722,6 @@ def draw_part(labels, size, generator):
         return strength * torch.sin(uniform(1, 12) * along + uniform(0, 6.3))
 
     # Where each pixel lies as the form sees it: moved, turned, in units of its radius.
-    side = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(side, side, indexing="ij")  # [size,size] each
     angle = uniform(-0.5, 0.5)
     radius = uniform(0.5, 0.75)
     dx = (x - uniform(-0.25, 0.25)) / radius
@@ -889,11 +890,11 @@ def augment(images, size, crop_scale=0.3, generator=None):
     drawn = torch.rand(5, len(images), generator=generator, device=images.device)
     area, aspect, x, y, flip = drawn  # [B] each
 
-    # The crop's sides, as shares of the image's. The square of `aspect` is width over height.
+    # The crop's sides, as shares of the image's. The square of `stretch` is width over height.
     side = (crop_scale + (1 - crop_scale) * area).sqrt()
-    aspect = (4 / 3) ** (aspect - 0.5)
-    width = (side * aspect).clamp(max=1)
-    height = (side / aspect).clamp(max=1)
+    stretch = (4 / 3) ** (aspect - 0.5)
+    width = (side * stretch).clamp(max=1)
+    height = (side / stretch).clamp(max=1)
 
     # An affine map from the crop's coordinates to the image's, both from -1 to 1: shrunk to the
     # crop's size, moved anywhere inside the image. A negative width flips.
@@ -918,8 +919,9 @@ HELD_OUT = 2000  # images that held_out_loss looks at, about
 
 
 def seeded(device, *numbers):
-    """A generator for one purpose and step. So nothing random has to be saved with a run, and a
-    resumed run is the same run."""
+    """A generator for one purpose and step: (seed, purpose, step, ...), where the purposes are 0:
+    order of the images, 1: crops and ranks of a step, 2: held-out loss. So nothing random has to be
+    saved with a run, and a resumed run is the same run."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     seed = int(state[0]) >> 1  # torch takes 63 bits
     return torch.Generator(device).manual_seed(seed)
@@ -963,7 +965,7 @@ def learning_rate(step, steps, config):
 
 
 def make_optimizer(model, config):
-    """AdamW, with weight decay on matrices only, and not on the skips' W."""
+    """AdamW, with weight decay on matrices only, not on the skips' W. training_step sets its lr."""
     decayed = {"params": [], "weight_decay": config.weight_decay}
     free = {"params": [], "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
@@ -1065,7 +1067,7 @@ def load_model(path):
 
 
 def fingerprint(images):
-    """Of uint8 images, or where they are more than a gigabyte of some, by which to know them."""
+    """sha256 of uint8 images (of a part, beyond a gigabyte), to tell whether they are the same."""
     some = images[:: 1 + images.nbytes // 10**9]
     return hashlib.sha256(some.numpy().tobytes()).hexdigest()
 
@@ -1080,7 +1082,7 @@ def load_training_images(config, process, world):
         dist.barrier()
     enough = len(images) >= config.batch_size
     check(enough, f"{len(images)} images do not fill a --batch-size of {config.batch_size}")
-    stride = len(held_out) // HELD_OUT | 1  # an odd number, as the classes of shapes alternate
+    stride = len(held_out) // HELD_OUT | 1  # 3 for shapes: 2 would leave out every second class
     return images, held_out[::stride], len(classes) > 1 and len(held_out) > 0
 
 
@@ -1090,11 +1092,13 @@ def build(config, saved, device):
     torch.manual_seed(config.seed)
     model = RandSAC(config).to(device)
     optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    small = pick_precision(config.precision, device) == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=small)
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where precision "auto" was another, on another device
+            scaler.load_state_dict(saved["scaler"])
     elif config.init:
         start, before = load_model(config.init)
         sizes = ("patch_size", "dim", "depth", "heads", "decoder_depth", "skip")
@@ -1131,9 +1135,9 @@ def check_free(config):
 
 
 @contextlib.contextmanager
-def open_run(config, saved):
-    """Makes the run's directory, and this process its owner -> metrics.jsonl, with the rows that a
-    resumed run has."""
+def open_run(config, saved, device):
+    """Makes the run's directory, whose name config.out then has, and this process its owner ->
+    metrics.jsonl, with the rows up to the checkpoint of a resumed run."""
     if not config.out:
         moment = time.strftime("%Y%m%d-%H%M%S")
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
@@ -1143,12 +1147,14 @@ def open_run(config, saved):
         own(log, f"another process trains the run {run}: wait for it, or begin another")
         if not saved:
             check_free(config)  # again, now that nobody else can take it
-        rows = saved["rows"] if saved else []
         log.truncate(0)
-        log.writelines(json.dumps(row) + "\n" for row in rows)
-        log.flush()
-        settings = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-        write_whole(run / "config.json", lambda file: file.write(settings.encode()))
+        if saved:
+            log.writelines(json.dumps(row) + "\n" for row in saved["rows"])
+            log.flush()
+        settings = dataclasses.asdict(config)
+        settings["precision"] = pick_precision(config.precision, device)
+        text = json.dumps(settings, indent=1) + "\n"
+        write_whole(run / "config.json", lambda file: file.write(text.encode()))
         yield log
 
 
@@ -1179,16 +1185,17 @@ def stop_signals(world):
 def train(config, saved, device, process=0, world=1):
     """Trains to the last step or to the first signal -> exit code. `saved` is None, or what the
     checkpoint of the run to be resumed holds. `process` is one of `world` processes."""
-    config.precision = pick_precision(config.precision, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        # With a mask cuDNN's attention can give gradients that are NaN (PyTorch's issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     images, held_out, can_probe = load_training_images(config, process, world)
     seen = fingerprint(images)
     first = saved["step"] if saved else 0
     rows = saved["rows"] if saved else []
     if saved:
         check(saved["images"] == seen, "these are not the images that the run began with")
-        check(
-            saved["world"] == world, f"the run began with {saved['world']} processes, not {world}"
-        )
+        check(saved["world"] == world, f"it began with {saved['world']} processes, not {world}")
     model, optimizer, scaler = build(config, saved, device)
     wrapped = wrap(model, config, device, world)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -1207,23 +1214,25 @@ def train(config, saved, device, process=0, world=1):
     with contextlib.ExitStack() as stack:
         # The first process alone keeps log and checkpoint, from before the first step on.
         if process == 0:
-            log = stack.enter_context(open_run(config, saved))
+            log = stack.enter_context(open_run(config, saved, device))
             save(first)
             print(f"{config.out}: {steps} steps of {B} images, {world} x {device.type}")
         signals = stack.enter_context(stop_signals(world))
-        pace = {"unit": "img", "mininterval": 0.5 if sys.stderr.isatty() else 30}
-        bar = tqdm(total=steps * B, initial=first * B, disable=process > 0, **pace)
+        bar = tqdm(total=steps * B, initial=first * B, unit="img", disable=process > 0)
+        bar.mininterval = 0.5 if sys.stderr.isatty() else 30  # no flood of lines in a log file
         stack.enter_context(bar)
 
         losses = []
         start = time.perf_counter()
         for step in range(first, steps):
-            # Each epoch has its own order of the images, each process its share of a batch.
-            epoch, place = divmod(step, per_epoch)
-            if place == 0 or step == first:
+            # Each epoch, also one that a resumed run is in, has its own order of the images.
+            epoch, step_of_epoch = divmod(step, per_epoch)
+            if step_of_epoch == 0 or step == first:
                 generator = seeded("cpu", config.seed, 0, epoch)
                 order = torch.randperm(len(images), generator=generator).to(images.device)
-            index = order[place * B : (place + 1) * B][process::world]
+
+            # Each process takes its share of the batch.
+            index = order[step_of_epoch * B : (step_of_epoch + 1) * B][process::world]
             batch = images[index].to(device)
             loss = training_step(wrapped, optimizer, scaler, batch, config, step, steps, process)
             if process > 0:
@@ -1234,23 +1243,24 @@ def train(config, saved, device, process=0, world=1):
             bar.update(B)
             done = step + 1
             stop = len(signals) > 0
-            epoch_ends = place + 1 == per_epoch or done == steps
+            epoch_ends = step_of_epoch + 1 == per_epoch or done == steps
             asked = config.save_every > 0 and done % config.save_every == 0
             saves = epoch_ends or asked or stop
             if not saves and done % LOG_EVERY != 0:
                 continue
             rate = len(losses) * B / (time.perf_counter() - start)
-            loss = torch.stack(losses).mean().item()
+            mean_loss = torch.stack(losses).mean().item()
             mend = f"begin another run with a lower --lr; {config.out}/checkpoint.pt is from before"
-            check(math.isfinite(loss), f"the loss is {loss} at step {done}: {mend}")
-            row = {"step": done, "epoch": epoch + 1, "loss": loss}
+            check(math.isfinite(mean_loss), f"the loss is {mean_loss} at step {done}: {mend}")
+            row = {"step": done, "epoch": epoch + 1, "loss": mean_loss}
             row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
             if epoch_ends and len(held_out) > 0:
                 row["held_out_loss"] = held_out_loss(model, held_out, config, device)
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{loss:.4f}", refresh=False)
+            shown = {"epoch": f"{epoch + 1}/{config.epochs}", "loss": f"{mean_loss:.4f}"}
+            bar.set_postfix(shown, refresh=False)
             if saves:
                 save(done)
             if stop:
@@ -1326,14 +1336,13 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         words = " ".join(str(error).split())
-    except (MemoryError, RuntimeError) as error:
-        words = str(error)
-        full = isinstance(error, MemoryError) or "out of memory" in words
-        if not full and "allocate memory" not in words:
+        full = "out of memory" in words or "allocate memory" in words
+        if isinstance(error, MemoryError) or (full and not isinstance(error, UserError)):
+            words = "out of memory: choose a smaller --batch-size, --image-size or --model"
+        elif isinstance(error, RuntimeError):
             raise
-        words = "out of memory: choose a smaller --batch-size, --image-size or --model"
     print(f"error: {words}", file=sys.stderr)
     sys.exit(2)
 
@@ -1395,11 +1404,10 @@ def main(arguments):
     config, saved = read_flags(vars(parser.parse_args(arguments)))
     device = pick_device(config.device)
     process, world = join_processes(config, device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        # With a mask its gradients can be NaN (PyTorch's issue 196678).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return train(config, saved, device, process, world)
+    code = train(config, saved, device, process, world)
+    if world > 1:
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -138,9 +138,9 @@ def text_width(words, size=24):
     return max(font(size).getlength(letters(line)) for line in words.split("\n"))
 
 
-def fitting_size(words, width, most=24):
-    """-> the largest font size in which all words fit; 0: they would not be legible."""
-    for size in range(most, 15, -1):
+def fitting_size(words, width, most=24, least=16):
+    """-> the largest font size in which all words fit, or 0."""
+    for size in range(most, least - 1, -1):
         if all(text_width(word, size) <= width for word in words):
             return size
     return 0
@@ -270,7 +270,7 @@ def chart(width, height, series, x_label, y_label, names=None):
         write(image, (100, place(left, y)[1]), f"{y:g}", 24, DIM, "rm")
     size = 24
     if names:
-        size = max(16, fitting_size(names.values(), x_unit - 8))
+        size = max(10, fitting_size(names.values(), x_unit - 24, least=10))
     else:
         names = {x: f"{x:g}" for x in ticks(left, right, 12) if not bars or x == round(x)}
     for x, words in names.items():
@@ -329,11 +329,14 @@ def describe(config):
 
 def draw_segments(photo, config):
     """A photo uint8 [H,W,3], and an order of every strategy, yours (config) last."""
-    panels = [("image", enlarge(photo, column(5)))]
+    in_figure = ("pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5")
+    letter = dict(zip(in_figure, ("(b) ", "(c) ", "(d) ", "(e) ", "(f) ")))
+    panels = [("(a) image", enlarge(photo, column(5)))]
     for i, (words, settings) in enumerate({**STRATEGIES, **describe(config)}.items()):
         generator = seeded("cpu", config.seed, i)
         ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
-        words = f"{words}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
+        words = letter.get(words, "") + words
+        words += f"\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
         panels.append((words, token_map(ranks, column(5))))
     title = "What is predicted when, by strategy (Figure 2)"
     note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
@@ -635,13 +638,14 @@ def draw_loss_by_rank(model, images, ranks):
 
 
 def probe_name(row):
-    """A row of probes.jsonl -> what was probed with what, in three lines."""
-    words = [row["protocol"], row["features"], shorten(row["data_dir"], 16)]
+    """A row of probes.jsonl -> protocol, what was probed, on which images."""
+    what = row["features"]
     if row["random_init"]:
-        words[1] = "random weights"
-    if row["dataset"] != "folder":
-        words[2] = row["dataset"]
-    return "\n".join(words)
+        what = "random weights"
+    where = row["dataset"]
+    if where == "folder":
+        where = row["data_dir"]
+    return row["protocol"], what, where
 
 
 def draw_curves(runs):
@@ -672,7 +676,10 @@ def draw_curves(runs):
         chart(column(1), 400, rates, "step", "learning rate"),
     ]
     if probed:
-        charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", dict(enumerate(probed))))
+        names = {}
+        for i, (protocol, what, where) in enumerate(probed):
+            names[i] = f"{protocol}\n{what}\n{shorten(where, 18)}"
+        charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", names))
     title = "Loss, learning rate and probes (Section 5)"
     note = """Loss: lines, of crops of training images; dots, of whole held-out ones, which may be
         harder or easier."""
@@ -685,8 +692,9 @@ def draw_layers(probes):
     check(found, "its layers are not probed yet: use probe.py with --protocol layers")
     series = []
     for key, label, hue in (("layers", "linear", BLUE), ("layers_knn", "kNN", ORANGE)):
-        top1 = found[-1].get(key, [])
-        series.append(Series(list(range(1, len(top1) + 1)), top1, hue, "bars", label))
+        if key in found[-1]:
+            layers = list(range(1, len(found[-1][key]) + 1))
+            series.append(Series(layers, found[-1][key], hue, "bars", label))
     title = "Probes by depth (Section 5.1)"
     note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
     return sheet(title, note, [[("", chart(column(1), 700, series, "layer", "top-1 %"))]])

@@ -371,7 +371,6 @@ DEEP = {
     "12 bits in 16.png": np.full((8, 8), 2048, np.uint16),
     "12 bits in 16.tiff": np.full((8, 8), 2048, np.uint16),
     "32 bits.tiff": np.full((8, 8), 70_000, np.int32),
-    "16 bits.pgm": np.full((8, 8), 0x80FF, np.uint16),
 }
 
 
@@ -402,6 +401,12 @@ def png_of_16_bits(path, kind):
     )
 
 
+def test_a_grey_map_of_16_bits_is_refused(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5 4 4 65535\n" + b"\x80\xff" * 16)
+    with pytest.raises(randsac.UserError, match="8 bits"):
+        randsac.decode_image(tmp_path / "x.pgm", 4)
+
+
 @pytest.mark.parametrize("kind", [2, 6])
 def test_colour_of_16_bits_is_refused(tmp_path, kind):
     png_of_16_bits(tmp_path / "x.png", kind)
@@ -411,9 +416,9 @@ def test_colour_of_16_bits_is_refused(tmp_path, kind):
 
 def test_a_bitmap_with_16_bits_for_a_whole_pixel_is_fine(tmp_path):
     pixels = struct.pack("<H", 0xF800) * 16  # five bits of red, six of green, five of blue
-    head = struct.pack("<IHHI", 70 + len(pixels), 0, 0, 70)
-    head += struct.pack("<IiiHHIIiiII", 56, 4, 4, 1, 16, 3, len(pixels), 0, 0, 0, 0)
-    head += struct.pack("<IIII", 0xF800, 0x7E0, 0x1F, 0)
+    head = struct.pack("<IHHI", 66 + len(pixels), 0, 0, 66)
+    head += struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
     (tmp_path / "x.bmp").write_bytes(b"BM" + head + pixels)
     assert randsac.decode_image(tmp_path / "x.bmp", 4)[:, 0, 0].tolist() == [255, 0, 0]
 

@@ -127,6 +127,17 @@ def test_white_lines_are_around_segments_and_not_in_them(segments, hierarchy):
     assert white[0].all() and white[:, 0].all() and white[-1].all() and white[:, -1].all()
 
 
+def test_the_segments_picture_holds_an_order_of_every_strategy():
+    yours = micro(segments="blob", hierarchy=(7,), image_size=48, seed=2)
+    photo = torch.randint(0, 255, (48, 48, 3), dtype=torch.uint8)
+    page = vz.draw_segments(photo, yours)
+    assert find(page, Image.fromarray(photo.numpy()).resize((288, 288), Image.NEAREST))
+    strategies = [randsac.Config(**settings) for settings in vz.STRATEGIES.values()]
+    for i, strategy in enumerate([*strategies, yours]):
+        ranks = sample_ranks(strategy, 1, generator=randsac.seeded("cpu", 2, i))[0]
+        assert find(page, vz.token_map(ranks, 288)), strategy.segments
+
+
 @pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
 def test_mask_panels_are_the_masks_with_what_is_left_out(segments, hierarchy):
     ranks = ranks_of(segments, hierarchy, image_size=16)
@@ -450,7 +461,8 @@ def test_numbers_over_bars_never_touch_and_are_there_if_there_is_room(runs, coun
     for i in range(runs):
         heights = [50 + 0.1 * i + 0.01 * x for x in range(count)]
         series.append(vz.Series(list(range(count)), heights, vz.HUES[i], "bars"))
-    vz.chart(1520, 600, series, "", "", {x: "linear\nencoder" for x in range(count)})
+    names = "finetune\nrandom weights\ndata/cifar10-jpeg"
+    vz.chart(1520, 600, series, "", "", {x: names for x in range(count)})
     numbers = [box(*call) for call in calls if call[3] == "mb"]
     assert len(numbers) == (runs * count if runs * count <= 21 else 0)
     assert_apart(numbers)
@@ -770,22 +782,33 @@ def test_probes_of_different_features_and_data_have_bars_of_their_own(run, tmp_p
     other = shutil.copytree(run, tmp_path / "other")
     rows = [json.loads(line) for line in (run / "probes.jsonl").read_text().splitlines()]
     rows += [{**rows[0], "features": "pixels", "top1": 11.0}]
-    rows += [{**rows[0], "data_dir": "flowers", "top1": 12.0}]
+    rows += [{**rows[0], "data_dir": "/data/of-anna-1/flowers", "top1": 12.0}]
+    rows += [{**rows[0], "data_dir": "/data/of-anna-2/flowers", "top1": 15.0}]
     rows += [{**rows[0], "dataset": "cifar10", "top1": 14.0}]
     rows += [{**rows[0], "top1": 13.0}]  # once more: this counts
     (other / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw("curves", "layers", "--checkpoint", other / "checkpoint.pt", "--out", tmp_path)
     bars, names = series[2][2][0], series[2][5]
-    found = {names[x].replace("\n", " "): y for x, y in zip(bars.xs, bars.ys)}
-    assert found == {
-        "linear encoder images": 13.0,
-        "linear random weights images": 30.5,
-        "linear pixels images": 11.0,
-        "linear encoder flowers": 12.0,
-        "linear encoder cifar10": 14.0,
-        "layers encoder images": 35.0,
-    }
+    found = [(names[x].replace("\n", " "), y) for x, y in zip(bars.xs, bars.ys)]
+    assert sorted(found) == [
+        ("layers encoder images", 35.0),
+        ("linear encoder /data/o...flowers", 12.0),
+        ("linear encoder /data/o...flowers", 15.0),
+        ("linear encoder cifar10", 14.0),
+        ("linear encoder images", 13.0),
+        ("linear pixels images", 11.0),
+        ("linear random weights images", 30.5),
+    ]
     assert [one.ys for one in series[3][2]] == [[30.5, 35.0], [20.0, 25.0]]
+
+
+def test_layers_without_knn_have_one_bar_each(monkeypatch):
+    series = []
+    chart = vz.chart
+    monkeypatch.setattr(vz, "chart", lambda *call: series.append(call[2]) or chart(*call))
+    row = {key: PROBES[2][key] for key in ("protocol", "layers")}
+    vz.draw_layers([row])
+    assert [(one.label, one.ys) for one in series[0]] == [("linear", [30.5, 35.0])]
 
 
 def test_all_goes_on_where_something_is_missing_and_says_what_makes_it(run, tmp_path, capsys):
