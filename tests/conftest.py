@@ -32,6 +32,8 @@ MARKERS = {
 
 
 def pytest_configure(config):
+    if "bench" not in config.getoption("-m"):
+        torch.set_num_threads(1)  # models this small gain nothing by more, and lose to other work
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     for number in range(1, 8):

@@ -658,9 +658,11 @@ def test_a_user_without_a_name(image_folder, tmp_path):
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
-def test_main_puts_everything_back(image_folder, tmp_path, monkeypatch):
+def test_main_puts_everything_back(image_folder, tmp_path, monkeypatch, request):
     """Twice in one process, once stopped, once failed: handlers, files and streams are as before."""
     flags = [*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 1]
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run without one
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     before = [signal.getsignal(number) for number in HANDLED]
     streams = (sys.stdout, sys.stderr)
     directory = os.getcwd()

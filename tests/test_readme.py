@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 import shlex
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -39,14 +40,14 @@ def test_commands_were_found():
 @pytest.fixture(scope="module")
 def flags():
     """-> {program: the flags in its --help}, of subcommands too."""
-    found = {}
-    for program in PROGRAMS:
-        ways = [["--help"]]
-        if program == "results/evidence.py":
-            ways += [["run", "--help"], ["report", "--help"]]
-        texts = [command(program, *way, cwd=ROOT).stdout for way in ways]
-        found[program] = set(re.findall(FLAG, " ".join(texts)))
-        assert found[program]
+    calls = [(program, "--help") for program in PROGRAMS]
+    calls += [("results/evidence.py", way, "--help") for way in ("run", "report")]
+    with ThreadPool(3) as pool:  # as each imports torch
+        texts = pool.map(lambda call: command(*call, cwd=ROOT).stdout, calls)
+    found = {program: set() for program in PROGRAMS}
+    for call, text in zip(calls, texts):
+        found[call[0]] |= set(re.findall(FLAG, text))
+    assert all(found.values())
     return found
 
 
