@@ -345,10 +345,9 @@ class RandSAC(nn.Module):
         dim = config.dim
         pixels = 3 * config.patch_size**2
         self.embed = nn.Linear(pixels, dim)
-        self.encoder = nn.ModuleList(EncoderLayer(dim, config.heads) for _ in range(config.depth))
-        self.decoder = nn.ModuleList(
-            DecoderLayer(dim, config.heads) for _ in range(config.decoder_depth)
-        )
+        heads = config.heads
+        self.encoder = nn.ModuleList(EncoderLayer(dim, heads) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(DecoderLayer(dim, heads) for _ in range(config.decoder_depth))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, pixels))
 
         # Xavier's initialization is our choice.
@@ -610,9 +609,7 @@ class Config:
         S, P = self.image_size, self.patch_size
         drawn = self.dataset == "shapes"
         check(not (drawn and self.data_dir), "--data-dir: shapes are drawn, not read; leave it out")
-        check(
-            S % P == 0, f"--patch-size {P} does not divide --image-size {S}: choose one that does"
-        )
+        check(S % P == 0, f"--patch-size {P} does not divide --image-size {S}: choose another")
         check(N > 1, "one patch is the whole image: choose a smaller --patch-size")
         check(self.dim % 4 == 0, f"--dim {self.dim} must be a multiple of 4, for the positions")
         check(self.dim % self.heads == 0, f"--heads {self.heads} does not divide --dim {self.dim}")
@@ -905,9 +902,8 @@ def augment(images, size, crop_scale=0.3, generator=None):
     to_x = torch.stack([width, zero, move_x], 1)  # [B,3]
     to_y = torch.stack([zero, height, move_y], 1)  # [B,3]
     theta = torch.stack([to_x, to_y], 1)  # [B,2,3]
-    where = F.affine_grid(
-        theta, [len(images), 3, size, size], align_corners=True
-    )  # [B,size,size,2]
+    shape = (len(images), 3, size, size)
+    where = F.affine_grid(theta, shape, align_corners=True)  # [B,size,size,2]
     return F.grid_sample(images.float() / 127.5 - 1, where, align_corners=True)
 
 
