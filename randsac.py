@@ -1158,24 +1158,23 @@ def open_run(config, saved, device):
 def stop_signals(world):
     """-> a list of the signals received (Ctrl-C, SIGTERM): training stops after its step. A second
     one ends the program at once; so does the first with torchrun, or outside the main thread."""
+    kinds = (signal.SIGINT, signal.SIGTERM)
     received = []
-
-    def obey(handlers):
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    before = {}  # the handlers that were there
 
     def note(number, frame):
         received.append(number)
-        obey({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
 
-    before = {}
     if world == 1 and threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        obey({number: note for number in before})
+        for kind in kinds:
+            before[kind] = signal.signal(kind, note)
     try:
         yield received
     finally:
-        obey(before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def train(config, saved, device, process=0, world=1):
