@@ -5,10 +5,8 @@
     python results/evidence.py speed                # images/s of each variant, some minutes
     python results/evidence.py report               # results/README.md and assets/evidence.png
 
-All variants share one recipe, tuned for none of them. `run` calls randsac.py and probe.py as a user
-would, and leaves a log of each run in results/evidence/. A run that has its log is skipped, one
-that was cut off goes on, and two of these commands side by side share the work: give each its
-cores, as in OMP_NUM_THREADS=1. (For Linux and macOS: Windows has no such locks.)
+`run` calls randsac.py and probe.py as a user would. A run that has its log is skipped, one that was
+cut off goes on, and two of these commands side by side share the work (not on Windows).
 """
 
 import argparse
@@ -81,12 +79,11 @@ CLAIMS = [  # claim, a variant, one that it should exceed, the paper's differenc
     ("RandSAC > MAE, about equal cost", "square-16-4-short", "mae", "not tried"),
     ("RandSAC with `--last-rank` > MAE, about equal cost", "square-16-k4", "mae", "not tried"),
 ]
-SEEDS = 3  # of each side of a claim; the other variants have one
 FLOORS = {"--random-init": "untrained encoder", "--features pixels": "raw pixels"}  # of probe.py
 JOBS = {"floors": ("floors", 0)}  # name of its files -> variant, seed
 for name in VARIANTS:
     judged = any(name in claim for claim in CLAIMS)
-    for seed in range(SEEDS if judged else 1):
+    for seed in range(3 if judged else 1):
         JOBS[f"{name}-{seed}"] = (name, seed)
 
 
@@ -106,22 +103,20 @@ def read_rows(path):
         raise UserError(f"{path} is damaged ({error}): remove it, and run again") from error
 
 
-def write_text(path, text):
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
 def write_rows(path, rows):
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def machine():
     """-> where this runs, for a log."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    name = [*names, platform.machine()][0]
+    name = platform.machine()
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
     return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -131,7 +126,7 @@ def machine():
 
 def call(script, *arguments):
     """`python SCRIPT ARGUMENTS`, as a user would. Stopped, it stops it."""
-    # close_fds: it inherits the lock of `claim`, so that an orphan keeps its run.
+    # close_fds: it inherits the lock of its job, so that an orphan keeps its run.
     words = [sys.executable, str(ROOT / script), *map(str, arguments)]
     child = Popen(words, close_fds=False)
     try:
@@ -145,76 +140,67 @@ def call(script, *arguments):
     check(code == 0, f"{script} ended with code {code}, see above: start again to go on")
 
 
-@contextlib.contextmanager
-def claim(job):
-    """-> whether nobody else is at this job. The system frees the lock of a process that died."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with open(RUNS / f"{job}.lock", "w") as lock:
-        os.set_inheritable(lock.fileno(), True)
-        free = True
-        try:
-            own(lock, f"another process is at {job}")
-        except UserError:
-            free = False
-        yield free
-
-
-def train(job, flags, data_dir):
-    """Starts the run or goes on with it -> its directory."""
-    run = RUNS / job
-    if (run / "checkpoint.pt").exists():
-        call("randsac.py", "--resume", run, "--data-dir", data_dir)
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # cut off before its first checkpoint
-        call("randsac.py", *RECIPE.split(), *flags.split(), "--data-dir", data_dir, "--out", run)
-    return run
-
-
-def probe(run, flags=""):
+def probe(checkpoint, flags=""):
     """-> top-1 % of LIN and of kNN."""
-    call("probe.py", run / "checkpoint.pt", *flags.split())
-    top1 = {}
-    for row in read_rows(run / "probes.jsonl"):  # earlier probes stand first: the last one counts
-        top1[row["protocol"]] = row["top1"]
+    call("probe.py", checkpoint, *flags.split())
+    rows = read_rows(checkpoint.with_name("probes.jsonl"))
+    top1 = {row["protocol"]: row["top1"] for row in rows}  # of earlier probes the last one counts
     return {"lin": top1["linear"], "knn": top1["knn"]}
 
 
 def measure(job, data_dir):
     """Trains and probes -> the rows of the log."""
-    # The floors take no more from a checkpoint than its sizes.
     name, seed = JOBS[job]
+    flags = VARIANTS.get(name, "--max-steps 1")  # floors take no more of a run than its sizes
+    run = RUNS / job
+    checkpoint = run / "checkpoint.pt"
+
+    # Go on, or begin: anew where it was cut off before its first checkpoint.
+    if checkpoint.exists():
+        call("randsac.py", "--resume", run, "--data-dir", data_dir)
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        words = f"{RECIPE} {flags} --seed {seed}".split()
+        call("randsac.py", *words, "--data-dir", data_dir, "--out", run)
+
     if name == "floors":
-        run = train(job, "--max-steps 1", data_dir)
-        return [{"floor": flags, **probe(run, flags)} for flags in FLOORS]
-
-    run = train(job, f"{VARIANTS[name]} --seed {seed}", data_dir)
-    found = probe(run)
-    end = read_rows(run / "metrics.jsonl")[-1]
-    settings = {"name": name, "flags": VARIANTS[name], "seed": seed, "recipe": RECIPE}
+        return [{"floor": floor, **probe(checkpoint, floor)} for floor in FLOORS]
+    settings = {"name": name, "flags": flags, "seed": seed, "recipe": RECIPE}
     settings |= {"data": data_dir.name, **machine()}
-    return [settings, {"pass": end["epoch"], "held_out_loss": end["held_out_loss"], **found}]
+    end = read_rows(run / "metrics.jsonl")[-1]
+    results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"], **probe(checkpoint)}
+    return [settings, results]
 
 
-def run_all(args):
-    check(args.data_dir.is_dir(), f"{args.data_dir} is not a folder: give --data-dir")
+def run_one(job, data_dir, lock):
+    """Measures and logs, unless that is done or another process is at it."""
+    # The system frees the lock once this process and those that it started have ended.
+    os.set_inheritable(lock.fileno(), True)
+    try:
+        own(lock, f"{job}: skipped, another process is at it")
+    except UserError as skipped:
+        print(skipped, flush=True)
+        return
+
+    # The log comes last: where there is one, the run is whole.
+    log = LOGS / f"{job}.jsonl"
+    words = "done"
+    if not log.exists():
+        print(f"{job}: starts", flush=True)
+        rows = measure(job, data_dir)
+        write_rows(log, rows)
+        words = json.dumps(rows[-1])
+    print(f"{job}: {words}", flush=True)
+
+
+def run_all(data_dir, only):
+    check(data_dir.is_dir(), f"{data_dir} is not a folder: give --data-dir")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it stops them too
-    LOGS.mkdir(parents=True, exist_ok=True)
-    for job, (name, _) in JOBS.items():
-        if name not in args.only:
-            continue
-        log = LOGS / f"{job}.jsonl"
-        with claim(job) as free:
-            if log.exists():
-                words = "done"
-            elif not free:
-                words = "skipped, another process is at it"
-            else:
-                # The log comes last: where there is one, the run is whole.
-                print(f"{job}: starts", flush=True)
-                rows = measure(job, args.data_dir.resolve())
-                write_rows(log, rows)
-                words = json.dumps(rows[-1])
-            print(f"{job}: {words}", flush=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for job in JOBS:
+        if JOBS[job][0] in only:
+            with open(RUNS / f"{job}.lock", "w") as lock:
+                run_one(job, data_dir.resolve(), lock)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,10 +210,11 @@ ROUNDS = 15
 STEPS = 2  # of each variant in a round
 
 
-def time_all(args):
+def time_all():
     """Times the training steps of all variants in turn, so that a change of the machine's pace
     meets them alike, in processor time, so that other programs count as little as can be."""
     torch.set_num_threads(1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     parts = {}
     for name, flags in VARIANTS.items():
         config = config_of(f"{flags} --device cpu")
@@ -236,7 +223,6 @@ def time_all(args):
 
     # What the images show changes nothing.
     images = torch.randint(256, (config.batch_size, 3, 32, 32), dtype=torch.uint8)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     rates = {name: [] for name in VARIANTS}
     for _ in range(ROUNDS):
         for name, (model, optimizer, config) in parts.items():
@@ -266,21 +252,21 @@ def flops(config):
 
 def costs():
     """-> {variant: (TFLOP, minutes)} of a whole run, minutes by the rates of speed.jsonl."""
-    rates = {}
-    for row in read_rows(LOGS / "speed.jsonl")[1:]:
-        rates[row["name"]] = row["images_per_s"]
-    check(rates.keys() >= VARIANTS.keys(), "not all is timed: python results/evidence.py speed")
+    rows = read_rows(LOGS / "speed.jsonl")[1:]
+    timed = {row["name"] for row in rows}
+    check(timed == VARIANTS.keys(), "not all is timed: python results/evidence.py speed")
 
     found = {}
-    for name, flags in VARIANTS.items():
-        config = config_of(flags)
+    for row in rows:
+        config = config_of(VARIANTS[row["name"]])
         images = config.epochs * IMAGES
-        found[name] = images * flops(config) / 1e12, images / rates[name] / 60
+        minutes = images / row["images_per_s"] / 60
+        found[row["name"]] = images * flops(config) / 1e12, minutes
     return found
 
 
 # ------------------------------------------------------------------------------------------------
-# report: the verdicts
+# report
 
 # Two-sided 5 % critical values of Student's t for 1, 2, ... degrees of freedom: NIST/SEMATECH
 # e-Handbook of Statistical Methods, section 1.3.6.7.2, column 0.975.
@@ -321,14 +307,10 @@ def judge(a, b):
     return f"{difference}, t {t:.2f} at {freedom:.1f}: {verdict}"
 
 
-# ------------------------------------------------------------------------------------------------
-# report: table and picture
-
-
 def read_logs():
-    """-> {variant: the last row of each of its runs}, settings of all runs, the jobs missing."""
-    runs = {name: [] for name in VARIANTS}
-    settings = []
+    """-> {variant: top-1 % of its seeds, by LIN and by kNN}, the jobs that have no log."""
+    runs = {name: {"lin": [], "knn": []} for name in VARIANTS}
+    data = set()
     missing = []
     for job, (name, _) in JOBS.items():
         path = LOGS / f"{job}.jsonl"
@@ -336,21 +318,16 @@ def read_logs():
         if not rows:
             missing.append(job)
         elif name != "floors":
-            first = rows[0]
-            fits = first["recipe"] == RECIPE and first["flags"] == VARIANTS[name]
+            fits = rows[0]["recipe"] == RECIPE and rows[0]["flags"] == VARIANTS[name]
             check(fits, f"{path} is of other flags: remove it, and run again")
-            settings.append(first)
-            runs[name].append(rows[-1])
-    check(settings, f"no logs in {LOGS}: python results/evidence.py run --data-dir DIR")
+            data.add(rows[0]["data"])
+            runs[name]["lin"].append(rows[-1]["lin"])
+            runs[name]["knn"].append(rows[-1]["knn"])
 
     # What is compared must have been trained on the same images.
-    data = {first["data"] for first in settings}
+    check(data, f"no logs in {LOGS}: python results/evidence.py run --data-dir DIR")
     check(len(data) == 1, f"the logs in {LOGS} are of several data sets: {sorted(data)}")
-    return runs, settings, missing
-
-
-def values(rows, key):
-    return [row[key] for row in rows]
+    return runs, missing
 
 
 def spread(numbers):
@@ -362,42 +339,32 @@ def spread(numbers):
     return f"{mean(numbers):.1f} ± {stdev(numbers):.1f}"
 
 
-def table(*rows):
-    """Rows of cells, the first of them the head -> lines of Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
-
-
-def describe(runs, settings, missing, cost, floors):
+def describe(runs, missing, cost, floors):
     """-> the lines of the README between the markers."""
-    where = {f"{s['machine']} (threads: {s['threads']}, PyTorch {s['torch']})" for s in settings}
-    yield f"All variants: `python randsac.py {RECIPE}`"
-    yield f"and the flags of the table, on {settings[0]['data']}; {' and '.join(sorted(where))}."
-    yield "LIN and kNN: top-1 %, mean ± standard deviation over seeds, at the end of a run.\n"
-
-    rows = [["variant", "flags", "seeds", "LIN", "kNN", "TFLOP", "minutes"]]
+    yield "| variant | flags | seeds | LIN | kNN | TFLOP | minutes |"
+    yield "|---|---|---|---|---|---|---|"
     for name, found in runs.items():
-        cells = [name, f"`{VARIANTS[name]}`", str(len(found))]
-        cells += [spread(values(found, "lin")), spread(values(found, "knn"))]
-        cells += [f"{number:.1f}" for number in cost[name]]
-        rows.append(cells)
-    for floor in floors:
-        numbers = [f"{floor[key]:.1f}" for key in ("lin", "knn")]
-        rows.append(["floor", f"`probe.py {floor['floor']}`", "1", *numbers, "", ""])
-    yield from table(*rows)
-    yield "\n![LIN and kNN against minutes and FLOP](../assets/evidence.png)\n"
+        tflop, minutes = cost[name]
+        results = f"{len(found['lin'])} | {spread(found['lin'])} | {spread(found['knn'])}"
+        yield f"| {name} | `{VARIANTS[name]}` | {results} | {tflop:.1f} | {minutes:.1f} |"
+    for row in floors:
+        results = f"1 | {row['lin']:.1f} | {row['knn']:.1f}"
+        yield f"| floor | `probe.py {row['floor']}` | {results} |  |  |"
 
     # The same rule for LIN and kNN. What it costs to be higher stands beside it.
-    rows = [["claim", "here", "FLOP, minutes", "the paper, LIN", "LIN here", "kNN here"]]
+    yield "\n| claim | here | FLOP, minutes | the paper, LIN | LIN here | kNN here |"
+    yield "|---|---|---|---|---|---|"
     for words, a, b, paper in CLAIMS:
-        ratios = [f"{one / other:.2f}" for one, other in zip(cost[a], cost[b])]
-        cells = [words, f"{a} / {b}", ", ".join(ratios), paper]
-        cells += [judge(values(runs[a], key), values(runs[b], key)) for key in ("lin", "knn")]
-        rows.append(cells)
-    yield from table(*rows)
+        tflop = cost[a][0] / cost[b][0]
+        minutes = cost[a][1] / cost[b][1]
+        lin = judge(runs[a]["lin"], runs[b]["lin"])
+        knn = judge(runs[a]["knn"], runs[b]["knn"])
+        yield f"| {words} | {a} / {b} | {tflop:.2f}, {minutes:.2f} | {paper} | {lin} | {knn} |"
+
     yield f"\n{2 * len(CLAIMS)} comparisons at 5 %: about one in twenty comes out by chance."
-    absent = ", ".join(missing or ["none"])
-    yield f"{len(settings)} runs are logged. Missing, by variant and seed: {absent}."
+    logged = sum(len(found["lin"]) for found in runs.values())
+    absent = ", ".join(missing) or "none"
+    yield f"{logged} runs are logged. Missing, by variant and seed: {absent}."
 
 
 # Colours of the picture -> their variants.
@@ -421,11 +388,12 @@ def dots(runs, cost, floors, key, axis):
     for (label, names), colour in zip(COLOURS.items(), HUES):
         xs = []
         ys = []
-        for name in filter(runs.get, names):  # those that have run
-            found = values(runs[name], key)
-            xs.append(cost[name][axis])
-            ys.append(mean(found))
-            series.append(Series([xs[-1]] * 2, [min(found), max(found)], colour, "line"))
+        for name in names:
+            found = runs[name][key]
+            if found:
+                xs.append(cost[name][axis])
+                ys.append(mean(found))
+                series.append(Series([xs[-1]] * 2, [min(found), max(found)], colour, "line"))
         if xs:
             series.append(Series(xs, ys, colour, "dots", label))
 
@@ -453,8 +421,8 @@ def draw_evidence(runs, cost, floors):
     return sheet("What accuracy costs: CIFAR-10, a small model", note, [minutes, flop])
 
 
-def report(args):
-    runs, settings, missing = read_logs()
+def report():
+    runs, missing = read_logs()
     floors = read_rows(LOGS / "floors.jsonl")
     before, begin, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -462,34 +430,32 @@ def report(args):
 
     # Only now, when all has been read and holds, anything is written.
     cost = costs()
-    text = "\n".join(describe(runs, settings, missing, cost, floors))
-    picture = draw_evidence(runs, cost, floors)
-    write_whole(PICTURE, lambda file: picture.save(file, "png"))
-    write_text(README, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    text = "\n".join(describe(runs, missing, cost, floors))
+    draw_evidence(runs, cost, floors).save(PICTURE)
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
     print(text)
 
 
 def main(arguments):
-    parser = randsac.Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(required=True, metavar="run, speed or report")
-    runs = commands.add_parser("run", help="train and probe what has no log yet")
-    runs.set_defaults(command=run_all)
-    words = "folder with train/CLASS/ and test/CLASS/ (default: data/cifar10-jpeg)"
-    folder = Path("data/cifar10-jpeg")
-    runs.add_argument("--data-dir", type=user_path, default=folder, help=words)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = randsac.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="run, speed or report")
+    commands.add_parser("speed", help="time a few training steps of each variant")
+    commands.add_parser("report", help="tables and picture from the logs")
+    add = commands.add_parser("run", help="train and probe what has no log yet").add_argument
+    words = "folder with train/CLASS/ and test/CLASS/ (default: %(default)s)"
+    add("--data-dir", type=user_path, default="data/cifar10-jpeg", help=words)
     names = [*VARIANTS, "floors"]
     words = f"only these of {', '.join(names)}"
-    runs.add_argument("--only", nargs="+", default=names, choices=names, metavar="X", help=words)
-    times = commands.add_parser("speed", help="time a few training steps of each variant")
-    times.set_defaults(command=time_all)
-    reports = commands.add_parser("report", help="tables and picture from the logs")
-    reports.set_defaults(command=report)
+    add("--only", nargs="+", default=names, choices=names, metavar="X", help=words)
+
     args = parser.parse_args(arguments)
-    args.command(args)
+    if args.command == "run":
+        run_all(args.data_dir, args.only)
+    elif args.command == "speed":
+        time_all()
+    else:
+        report()
 
 
 if __name__ == "__main__":
