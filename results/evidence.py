@@ -12,7 +12,6 @@ cut off goes on, and two of these commands side by side share the work (not on W
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -41,6 +40,8 @@ BEGIN = "<!-- evidence -->"
 END = "<!-- /evidence -->"
 PATIENCE = 3  # seconds that a stopped training has to save
 IMAGES = 50_000  # training images of CIFAR-10: a pass
+ROUNDS = 15  # of speed
+STEPS = 2  # of each variant in a round
 
 RECIPE = (
     "--dataset folder --dim 64 --heads 2 --depth 4 --decoder-depth 1 --lr 4e-3 --batch-size 64 "
@@ -140,57 +141,50 @@ def call(script, *arguments):
     check(code == 0, f"{script} ended with code {code}, see above: start again to go on")
 
 
-def probe(checkpoint, flags=""):
+def probe(run, flags=""):
     """-> top-1 % of LIN and of kNN."""
-    call("probe.py", checkpoint, *flags.split())
-    rows = read_rows(checkpoint.with_name("probes.jsonl"))
+    call("probe.py", run / "checkpoint.pt", *flags.split())
+    rows = read_rows(run / "probes.jsonl")
     top1 = {row["protocol"]: row["top1"] for row in rows}  # of earlier probes the last one counts
     return {"lin": top1["linear"], "knn": top1["knn"]}
 
 
-def measure(job, data_dir):
-    """Trains and probes -> the rows of the log."""
-    name, seed = JOBS[job]
-    flags = VARIANTS.get(name, "--max-steps 1")  # floors take no more of a run than its sizes
-    run = RUNS / job
-    checkpoint = run / "checkpoint.pt"
-
-    # Go on, or begin: anew where it was cut off before its first checkpoint.
-    if checkpoint.exists():
-        call("randsac.py", "--resume", run, "--data-dir", data_dir)
-    else:
-        shutil.rmtree(run, ignore_errors=True)
-        words = f"{RECIPE} {flags} --seed {seed}".split()
-        call("randsac.py", *words, "--data-dir", data_dir, "--out", run)
-
-    if name == "floors":
-        return [{"floor": floor, **probe(checkpoint, floor)} for floor in FLOORS]
-    settings = {"name": name, "flags": flags, "seed": seed, "recipe": RECIPE}
-    settings |= {"data": data_dir.name, **machine()}
-    end = read_rows(run / "metrics.jsonl")[-1]
-    results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"], **probe(checkpoint)}
-    return [settings, results]
-
-
 def run_one(job, data_dir, lock):
-    """Measures and logs, unless that is done or another process is at it."""
+    """Trains, probes and logs, unless that is done or another process is at it."""
     # The system frees the lock once this process and those that it started have ended.
     os.set_inheritable(lock.fileno(), True)
+    log = LOGS / f"{job}.jsonl"
     try:
         own(lock, f"{job}: skipped, another process is at it")
-    except UserError as skipped:
-        print(skipped, flush=True)
+        check(not log.exists(), f"{job}: done")
+    except UserError as reason:
+        print(reason, flush=True)
         return
 
+    # Go on with the run, or begin: anew where it was cut off before its first checkpoint.
+    print(f"{job}: starts", flush=True)
+    run = RUNS / job
+    name, seed = JOBS[job]
+    flags = VARIANTS.get(name, "--max-steps 1")  # floors take no more of a run than its sizes
+    words = ["--resume", run]
+    if not (run / "checkpoint.pt").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        words = [*f"{RECIPE} {flags} --seed {seed}".split(), "--out", run]
+    call("randsac.py", *words, "--data-dir", data_dir)
+
+    # Probe. What the log says first is how the run was made.
+    if name == "floors":
+        rows = [{"floor": floor, **probe(run, floor)} for floor in FLOORS]
+    else:
+        settings = {"name": name, "flags": flags, "seed": seed, "recipe": RECIPE}
+        settings |= {"data": data_dir.name, **machine()}
+        end = read_rows(run / "metrics.jsonl")[-1]
+        results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"], **probe(run)}
+        rows = [settings, results]
+
     # The log comes last: where there is one, the run is whole.
-    log = LOGS / f"{job}.jsonl"
-    words = "done"
-    if not log.exists():
-        print(f"{job}: starts", flush=True)
-        rows = measure(job, data_dir)
-        write_rows(log, rows)
-        words = json.dumps(rows[-1])
-    print(f"{job}: {words}", flush=True)
+    write_rows(log, rows)
+    print(f"{job}: {json.dumps(rows[-1])}", flush=True)
 
 
 def run_all(data_dir, only):
@@ -205,9 +199,6 @@ def run_all(data_dir, only):
 
 # ------------------------------------------------------------------------------------------------
 # speed and cost
-
-ROUNDS = 15
-STEPS = 2  # of each variant in a round
 
 
 def time_all():
@@ -252,16 +243,13 @@ def flops(config):
 
 def costs():
     """-> {variant: (TFLOP, minutes)} of a whole run, minutes by the rates of speed.jsonl."""
-    rows = read_rows(LOGS / "speed.jsonl")[1:]
-    timed = {row["name"] for row in rows}
-    check(timed == VARIANTS.keys(), "not all is timed: python results/evidence.py speed")
-
+    rates = {row["name"]: row["images_per_s"] for row in read_rows(LOGS / "speed.jsonl")[1:]}
     found = {}
-    for row in rows:
-        config = config_of(VARIANTS[row["name"]])
+    for name, flags in VARIANTS.items():
+        check(name in rates, "not all is timed: python results/evidence.py speed")
+        config = config_of(flags)
         images = config.epochs * IMAGES
-        minutes = images / row["images_per_s"] / 60
-        found[row["name"]] = images * flops(config) / 1e12, minutes
+        found[name] = images * flops(config) / 1e12, images / rates[name] / 60
     return found
 
 
@@ -277,7 +265,7 @@ def welch(a, b):
     """-> Welch's t of two samples that differ, its Welch-Satterthwaite degrees of freedom."""
     error_a = variance(a) / len(a)
     error_b = variance(b) / len(b)
-    t = (mean(a) - mean(b)) / math.sqrt(error_a + error_b)
+    t = (mean(a) - mean(b)) / (error_a + error_b) ** 0.5
     shares = error_a**2 / (len(a) - 1) + error_b**2 / (len(b) - 1)
     return t, (error_a + error_b) ** 2 / shares
 
@@ -386,16 +374,14 @@ def dots(runs, cost, floors, key, axis):
     """-> what a panel shows: a dot for each variant, on a line over the range of its seeds."""
     series = []
     for (label, names), colour in zip(COLOURS.items(), HUES):
-        xs = []
-        ys = []
-        for name in names:
-            found = runs[name][key]
-            if found:
-                xs.append(cost[name][axis])
-                ys.append(mean(found))
-                series.append(Series([xs[-1]] * 2, [min(found), max(found)], colour, "line"))
-        if xs:
-            series.append(Series(xs, ys, colour, "dots", label))
+        shown = [name for name in names if runs[name][key]]
+        xs = [cost[name][axis] for name in shown]
+        means = [mean(runs[name][key]) for name in shown]
+        for x, name in zip(xs, shown):
+            seeds = runs[name][key]
+            series.append(Series([x, x], [min(seeds), max(seeds)], colour, "line"))
+        if shown:
+            series.append(Series(xs, means, colour, "dots", label))
 
     right = max(found[axis] for found in cost.values())
     for floor, colour in zip(floors, (GREY, DIM)):
@@ -432,7 +418,8 @@ def report():
     cost = costs()
     text = "\n".join(describe(runs, missing, cost, floors))
     draw_evidence(runs, cost, floors).save(PICTURE)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    page = f"{before}{BEGIN}\n{text}\n{END}{after}"
+    write_whole(README, lambda file: file.write(page.encode()))
     print(text)
 
 
