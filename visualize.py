@@ -6,9 +6,8 @@
     python visualize.py all --checkpoint runs/NAME/checkpoint.pt         # all, and index.html
     python visualize.py curves runs/A runs/B                             # runs side by side
 
-With --checkpoint, strategy flags default to those of the run; --segments begins anew. Ranks, masks
-and predictions come from the functions that training uses. A draw_... function returns a PIL image,
-which a notebook can show (draw_order: the frames of a GIF).
+With --checkpoint, strategy flags default to those of the run; --segments begins anew. A draw_...
+function returns a PIL image, which a notebook can show (draw_order: the frames of a GIF).
 """
 
 import base64
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -35,22 +34,18 @@ from randsac import Config, UserError, check, flag_name, sample_ranks, seeded
 WIDTH = 1600  # of a page in pixels: twice what a README shows, so that it is sharp
 MARGIN = 40
 GAP = 20  # between images
-SHOWN = 256  # images at most: the first few for pictures, all for loss-by-rank
 
 INK = "#1A1A1A"
 DIM = "#5A5A5A"
 GREY = "#C8C8C8"
 WHITE = "#FFFFFF"
-# Okabe and Ito's colours, which colour-blind eyes can tell apart, and three more.
+# Okabe and Ito's colours, which colour-blind eyes can tell apart, and more.
 BLUE = "#0072B2"
 RED = "#D55E00"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
-PINK = "#CC79A7"
-OLIVE = "#999933"
-HUES = (BLUE, RED, INK, ORANGE, "#56B4E9", GREEN, "#8C510A", "#882255", PINK, OLIVE)
+HUES = (BLUE, RED, INK, ORANGE, "#56B4E9", GREEN, "#8C510A", "#882255", "#CC79A7", "#999933")
 RAMP = ("#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725")
-MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
 
 # ------------------------------------------------------------------------------------------------
 # 1. Cells, words and pages
@@ -113,13 +108,6 @@ def outline(image, ids, colour=WHITE, width=1):
 font = functools.cache(ImageFont.load_default)
 
 
-def letters(words):
-    """The font has only ASCII: an ä is written as a, and what has no such likeness as ?."""
-    parts = unicodedata.normalize("NFKD", words)
-    bare = "".join(letter for letter in parts if not unicodedata.combining(letter))
-    return bare.encode("ascii", "replace").decode()
-
-
 def shorten(words, most):
     """A long name loses its middle."""
     if len(words) <= most:
@@ -129,34 +117,35 @@ def shorten(words, most):
 
 
 def write(image, place, words, size=24, colour=INK, anchor="la", align="left", halo=0):
-    pen = ImageDraw.Draw(image)
+    """The font has only ASCII: an ä is written as a, and what has no such likeness as ?."""
+    parts = unicodedata.normalize("NFKD", words)
+    letters = "".join(letter for letter in parts if not unicodedata.combining(letter))
+    letters = letters.encode("ascii", "replace").decode()
     edge = {"stroke_width": halo, "stroke_fill": WHITE}
-    pen.text(place, letters(words), colour, font(size), anchor, 10, align, **edge)
-
-
-def text_width(words, size=24):
-    return max(font(size).getlength(letters(line)) for line in words.split("\n"))
+    ImageDraw.Draw(image).text(place, letters, colour, font(size), anchor, 10, align, **edge)
 
 
 def fitting_size(words, width, most=24, least=16):
     """-> the largest font size in which all words fit, or 0."""
+    lines = "\n".join(words).split("\n")
     for size in range(most, least - 1, -1):
-        if all(text_width(word, size) <= width for word in words):
+        if all(font(size).getlength(line) <= width for line in lines):
             return size
     return 0
 
 
 def write_in_cells(image, cells, labels):
-    """Writes labels [R][C] into the cells uint8 [R,C,3] of an image, where they fit."""
-    rows, columns, _ = cells.shape
-    w = image.width / columns
-    h = image.height / rows
-    size = fitting_size(set(itertools.chain(*labels)), 0.9 * w, most=min(30, int(0.55 * h)))
+    """Writes labels [R][C] into the cells uint8 [R,C,3] of an image, if they fit."""
+    h = image.height / len(labels)
+    w = image.width / len(labels[0])
+    size = fitting_size(itertools.chain(*labels), 0.9 * w, most=min(30, int(0.55 * h)))
+    if size == 0:
+        return
     dark = cells.float() @ torch.tensor([0.3, 0.59, 0.11]) < 110  # [R,C]
-    for r, c in itertools.product(range(rows), range(columns)):
-        if size:
+    for r, row in enumerate(labels):
+        for c, label in enumerate(row):
             ink = WHITE if dark[r, c] else INK
-            write(image, ((c + 0.5) * w, (r + 0.5) * h), labels[r][c], size, ink, "mm")
+            write(image, ((c + 0.5) * w, (r + 0.5) * h), label, size, ink, "mm")
 
 
 def token_map(ranks, width, scale=RAMP):
@@ -168,7 +157,7 @@ def token_map(ranks, width, scale=RAMP):
     return image
 
 
-def swatch(words, width, scale):
+def swatch(words, width, scale=RAMP):
     """-> (words, image): what colours mean."""
     return words, enlarge(blend(torch.linspace(0, 1, 10), scale)[None], width, 24)
 
@@ -176,21 +165,20 @@ def swatch(words, width, scale):
 def sheet(title, note, rows):
     """Rows of (words, image), the words above, under a title and a note -> a page."""
     note = textwrap.fill(" ".join(note.split()), 120)
-
-    # How high the words of each row are, and its images.
-    heads = [36 * max(len(words.splitlines()) for words, _ in row) for row in rows]
-    heights = [max(image.height for _, image in row) + 28 for row in rows]
-    y = 132 + 36 * note.count("\n")
-    page = Image.new("RGB", (WIDTH, y + sum(heads) + sum(heights)), WHITE)
+    page = Image.new("RGB", (WIDTH, 132 + 36 * note.count("\n")), WHITE)
     write(page, (MARGIN, 24), title, 38)
     write(page, (MARGIN, 80), note, 26, DIM)
-    for row, head, height in zip(rows, heads, heights):
+    for row in rows:
+        # The page grows by the highest words and the highest image of the row.
+        y = page.height
+        head = 36 * max(len(words.splitlines()) for words, _ in row)
+        tallest = max(image.height for _, image in row)
+        page = ImageOps.expand(page, (0, 0, 0, head + tallest + 28), WHITE)
         x = MARGIN
         for words, image in row:
             write(page, (x, y), words, 25)
             page.paste(image, (x, y + head))
             x += image.width + GAP
-        y += head + height
     return page
 
 
@@ -217,26 +205,49 @@ def ticks(low, high, most):
             return [round(i * step, 12) for i in numbers]
 
 
-def draw_legend(image, series):
-    """-> where the room below the legend begins."""
-    x = 0
-    y = -48
+def draw_series(image, series, place):
+    """Draws bars, lines and dots where place(x, y) says."""
+    pen = ImageDraw.Draw(image)
+    bars = [one for one in series if one.style == "bars"]
+
+    # The bars of one x stand side by side and fill four fifths of its room.
+    share = 0.8 / max(1, len(bars))
+    width = place(share, 0)[0] - place(0, 0)[0]
+    numbers = {}
+    for i, one in enumerate(bars):
+        for x, y in zip(one.xs, one.ys):
+            left, top = place(x - 0.4 + share * i, y)
+            pen.rectangle([left, top, left + width - 2, place(x, 0)[1]], one.colour)
+            numbers[left + width / 2, top - 6] = f"{y:#.3g}".rstrip(".")
     for one in series:
-        width = 84 + text_width(one.label)
-        if y < 0 or x + width > image.width:
-            x = 0
-            y += 48
-        ImageDraw.Draw(image).rectangle([x, y + 4, x + 28, y + 24], one.colour)
-        write(image, (x + 40, y), one.label)
-        x += width
-    return y + 48
+        points = [place(x, y) for x, y in zip(one.xs, one.ys)]
+        if one.style == "line":
+            pen.line(points, one.colour, 4, "curve")
+        if one.style == "dots" or (one.style == "line" and len(points) == 1):
+            for x, y in points:
+                pen.ellipse([x - 9, y - 9, x + 9, y + 9], one.colour, WHITE, 2)
+
+    # Numbers over all bars, or over none where two could touch.
+    size = fitting_size(numbers.values(), width - 8)
+    if size > 0:
+        for where, words in numbers.items():
+            write(image, where, words, size, anchor="mb", halo=4)
 
 
 def chart(width, height, series, x_label, y_label, names=None):
     """Series as lines, dots and bars -> an image. Names {x: words} replace the numbers below."""
     image = Image.new("RGB", (width, height), WHITE)
     pen = ImageDraw.Draw(image)
-    bars = [one for one in series if one.style == "bars"]
+
+    # The legend.
+    top = 0
+    for one in series:
+        if one.label:
+            pen.rectangle([0, top + 4, 28, top + 24], one.colour)
+            write(image, (40, top), one.label)
+            top += 36
+    write(image, (0, top), y_label)
+    top += 48
 
     # The part of the plane that is shown. Bars are whole and begin at zero.
     xs = [x for one in series for x in one.xs]
@@ -248,64 +259,35 @@ def chart(width, height, series, x_label, y_label, names=None):
         room = 0.1
     low = min(ys) - room
     high = max(ys) + room
-    if bars:
-        left = round(min(xs)) - 0.5
+    if any(one.style == "bars" for one in series):
+        left = round(left) - 0.5
         right = round(max(xs)) + 0.5
         low = 0
 
-    # Where it lies in the image.
-    legend = draw_legend(image, [one for one in series if one.label])
-    write(image, (0, legend), y_label)
-    top = legend + 48
-    foot = height - (150 if names else 76)
+    # Where it lies in the image, between axes with round numbers or names.
+    if names is None:
+        names = {x: f"{x:g}" for x in ticks(left, right, width // 120) if x == round(x)}
+    foot = height - 76 - 37 * max(words.count("\n") for words in names.values())
     x_unit = (width - 152) / (right - left)
     y_unit = (foot - top) / (high - low)
 
     def place(x, y):
         return 112 + x_unit * (x - left), foot - y_unit * (y - low)
 
-    # Axes, with round numbers or names.
     for y in ticks(low, high, (foot - top) / 80):
         pen.line([place(left, y), place(right, y)], "#DDDDDD", 2)
         write(image, (100, place(left, y)[1]), f"{y:g}", 24, DIM, "rm")
-    size = 24
-    if names:
-        size = max(10, fitting_size(names.values(), x_unit - 24, least=10))
-    else:
-        names = {x: f"{x:g}" for x in ticks(left, right, 12) if not bars or x == round(x)}
+    size = fitting_size(names.values(), 0.85 * (width - 152) / len(names), least=10)
     for x, words in names.items():
-        write(image, (place(x, low)[0], foot + 12), words, size, DIM, "ma", "center")
+        write(image, (place(x, low)[0], foot + 12), words, max(10, size), DIM, "ma", "center")
     pen.line([112, top, 112, foot, width - 40, foot], DIM, 2)
     write(image, (width, height - 4), x_label, 24, DIM, "rd")
-
-    # The bars of one x stand side by side and fill four fifths of its room.
-    bar = 0.8 / max(1, len(bars))
-    numbers = []
-    for i, one in enumerate(bars):
-        for x, y in zip(one.xs, one.ys):
-            start, head = place(x - 0.4 + bar * i, y)
-            end = start + bar * x_unit - 2
-            pen.rectangle([start, head, end, foot], one.colour)
-            numbers.append((((start + end) / 2, head - 6), f"{y:#.3g}".rstrip(".")))
-    for one in series:
-        points = [place(x, y) for x, y in zip(one.xs, one.ys)]
-        if one.style == "line":
-            pen.line(points, one.colour, 4, "curve")
-        if one.style == "dots" or (one.style == "line" and len(points) == 1):
-            for x, y in points:
-                pen.ellipse([x - 9, y - 9, x + 9, y + 9], one.colour, WHITE, 2)
-
-    # Numbers over all bars, or over none where two could touch.
-    size = fitting_size([words for _, words in numbers], bar * x_unit - 8)
-    for where, words in numbers:
-        if size:
-            write(image, where, words, size, anchor="mb", halo=4)
+    draw_series(image, series, place)
     return image
 
 
 # ------------------------------------------------------------------------------------------------
 # 3. Pictures that need no training
-
 
 STRATEGIES = {
     "pixel raster": {"image_size": 16, "patch_size": 1, "segments": "patch", "order": "raster"},
@@ -317,67 +299,56 @@ STRATEGIES = {
     "scatter 9": {"segments": "scatter", "hierarchy": (9,)},
     "mae": {"segments": "mae"},
 }
-ORDER_FLAGS = ("image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed")
+ORDER_FLAGS = {"image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed"}
 
 
-def describe(config):
-    """-> {"yours: blob 11 -> 5": what is not the default}, as in STRATEGIES."""
+def with_yours(config):
+    """-> STRATEGIES and that of config, of which only what is not the default."""
     name = f"yours: {config.segments} {' -> '.join(map(str, config.hierarchy))}"
     changed = [flag for flag in ORDER_FLAGS if getattr(config, flag) != getattr(Config(), flag)]
-    return {name.strip(): {flag: getattr(config, flag) for flag in changed}}
+    return {**STRATEGIES, name.strip(): {flag: getattr(config, flag) for flag in changed}}
 
 
 def draw_segments(photo, config):
     """A photo uint8 [H,W,3], and an order of every strategy, yours (config) last."""
-    in_figure = ("pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5")
-    letter = dict(zip(in_figure, ("(b) ", "(c) ", "(d) ", "(e) ", "(f) ")))
-    panels = [("(a) image", enlarge(photo, column(5)))]
-    for i, (words, settings) in enumerate({**STRATEGIES, **describe(config)}.items()):
+    panels = [("image", enlarge(photo, column(5)))]
+    for i, (name, settings) in enumerate(with_yours(config).items()):
         generator = seeded("cpu", config.seed, i)
         ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
-        words = letter.get(words, "") + words
-        words += f"\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
+        words = f"{name}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
         panels.append((words, token_map(ranks, column(5))))
-    title = "What is predicted when, by strategy (Figure 2)"
     note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
         segment and are predicted together, from those of lower rank. Rank 0 is given. Scatter is
         the control of Table 5, mae the baseline of Tables 7 and 8."""
-    key = swatch("predicted first ... last", 300, RAMP)
-    return sheet(title, note, [panels[:5], panels[5:], [key]])
+    rows = [panels[:5], panels[5:], [swatch("predicted first ... last", 300)]]
+    return sheet("What is predicted when, by strategy (Figure 2)", note, rows)
 
 
 def arrow(image, start, end, colour, edge):
-    """From near start to near end, both [2] (x, y), bowed to pass by what lies between."""
+    """From start to shortly before end, both [2] (x, y), bowed to pass by what lies between."""
     way = end - start
-    if way.norm() == 0:  # two segments with one centre
-        return
-    t = torch.linspace(0, 1, 50)[:, None]
+    gap = (34 / way.norm()).clamp(max=0.3)
+    t = torch.linspace(0, 1, 50)[:, None] * (1 - gap)
     bow = way.flip(0) * torch.tensor([-0.5, 0.5])  # across the way
     curve = start + t * way + t * (1 - t) * bow  # [50,2]
-
-    # Its end would lie under the disc that marks a segment.
-    far = (curve - end).norm(dim=1) > min(34, 0.3 * way.norm())
-    points = [tuple(point) for point in curve[far].tolist()]
+    points = [tuple(point) for point in curve.tolist()]
     pen = ImageDraw.Draw(image)
     pen.line(points, edge, 9, "curve")
     pen.line(points, colour, 4, "curve")
-    back = curve[far][-2] - curve[far][-1]
+    back = curve[-2] - curve[-1]
     angle = math.degrees(math.atan2(back[0], back[1]))
     pen.regular_polygon((*points[-1], 13), 3, angle, colour, edge, 2)
 
 
-def traversal(segments, partitions, ranks, width):
-    """Segments, partitions and ranks [N] -> a map with arrows from segment to segment, and how
-    often they leave a partition."""
-    # A hue for each partition, a shade for each of its segments.
+def traversal(partitions, ranks, width):
+    """Partitions and ranks [N] -> a map with arrows from segment to segment, and how often they
+    leave a partition."""
+    # A hue for each partition, lighter for later segments.
+    hues = blend(partitions % 7 / 6, HUES[3:]).float()  # [N,3]
+    late = ranks[:, None] / max(1, ranks.max())
+    cells = hues.lerp(torch.tensor(255.0), 0.65 * late).byte()
     grid = as_grid(ranks)
-    cells = torch.zeros(*grid.shape, 3, dtype=torch.uint8)
-    hues = itertools.cycle((BLUE, ORANGE, GREEN, PINK, RED, OLIVE))
-    for hue, partition in zip(hues, partitions.unique()):
-        inside = segments[partitions == partition].unique()
-        for shade, segment in zip(torch.linspace(0, 0.65, len(inside)), inside):
-            cells[as_grid(segments == segment)] = blend(shade, [hue, WHITE])
-    image = outline(enlarge(cells, width), grid + 1)
+    image = outline(enlarge(as_grid(cells), width), grid + 1)
 
     # The centre of a segment lies inside it, however bent it is: its tokens nearest to the mean.
     centres = []
@@ -387,7 +358,7 @@ def traversal(segments, partitions, ranks, width):
         far = (tokens - tokens.mean(0)).norm(dim=1)
         middle = tokens[far < far.min() + 1e-5].mean(0)
         centres.append(middle.flip(0) * width / len(grid))  # x, y
-        homes.append(partitions[ranks == rank][0].item())
+        homes.append(partitions[ranks == rank][0])
 
     # Backwards, so that no arrow covers the head of an earlier one.
     leaves = 0
@@ -398,9 +369,9 @@ def traversal(segments, partitions, ranks, width):
             arrow(image, centres[k - 1], centres[k], WHITE, INK)
             leaves += 1
     for k, centre in enumerate(centres):
-        disc, ink = (WHITE, INK) if k else (INK, WHITE)
-        ImageDraw.Draw(image).circle(centre.tolist(), 22, disc, INK, 2)
-        write(image, centre.tolist(), str(k), 24, ink, "mm")
+        x, y = centre.tolist()
+        ImageDraw.Draw(image).ellipse([x - 22, y - 22, x + 22, y + 22], WHITE, INK, 2)
+        write(image, (x, y), str(k), 24, INK, "mm")
     return image, f"leaves a partition in {leaves} of {len(homes) - 1} steps"
 
 
@@ -410,20 +381,19 @@ def draw_hierarchy(config):
     if len(config.hierarchy) > 1:
         strategies[config.segments] = config
     rows = []
-    for i, shown in enumerate(strategies.values()):
+    for i, (segments, shown) in enumerate(strategies.items()):
         generator = seeded("cpu", config.seed, i)
         levels = randsac.sample_levels(shown, 1, generator=generator)
         row = []
-        for name, used in (("flat", levels[:1]), ("hierarchical", levels)):
+        for used in (levels[:1], levels):
             ranks = randsac.serialize(used, config.order, generator)[0]
-            image, leaves = traversal(levels[0][0], levels[-1][0], ranks, column(2))
+            image, leaves = traversal(levels[-1][0], ranks, column(2))
             counts = " -> ".join(map(str, shown.hierarchy[: len(used)]))
-            row.append((f"{shown.segments}, {name}: {counts}\n{leaves}", image))
+            row.append((f"{segments} {counts}\n{leaves}", image))
         rows.append(row)
-    title = "Flat and hierarchical serialization (Figure 3)"
-    note = """Hue: partition. Shade: segment. Arrows: order of prediction, white where they leave a
-        partition, which a hierarchical order does only when all its segments are done."""
-    return sheet(title, note, rows)
+    note = """Hue: partition. Light: late. Arrows: order of prediction, white where they leave a
+        partition. Left: flat. Right: hierarchical, a partition is left when it is done."""
+    return sheet("Flat and hierarchical serialization (Figure 3)", note, rows)
 
 
 def some_steps(last, most):
@@ -435,29 +405,28 @@ def draw_order(photo, ranks, predicted=None, most=64):
     """A photo uint8 [H,W,3], its predictions alike, ranks [N] -> frames of a GIF, one a step."""
     grid = as_grid(ranks)
     last = ranks.max().item()
-    title = "Segment by segment: what is given, what comes next (Figure 1)"
-    in_numbers = token_map(ranks, column(2))
+    words = "ranks: when each token is predicted"
+    if predicted is None:
+        in_numbers = token_map(ranks, column(2))
+    else:
+        words = "predicted, each segment from true pixels"
     frames = []
     for step in some_steps(last + 1, most):  # in the end all is given
         given = enlarge(reveal(photo, grid < step), column(2))
         outline(given, (grid + 1) * (grid >= step), "#E8E8E8")
         if predicted is None:
-            words = "ranks: when each token is predicted"
             right = in_numbers.copy()
         else:
-            words = "predicted, each segment from true pixels"
             right = enlarge(reveal(predicted, grid <= step), column(2))
-        outline(given, grid == step, RED, 6)
-        outline(right, grid == step, RED, 6)
-        note = f"""Step {min(step, last)} of {last}. Outlined: what this step predicts, from all
-            that is given. The end: the whole image."""
-        page = sheet(title, note, [[("given: true pixels", given), (words, right)]])
+        for image in (given, right):
+            outline(image, grid == step, RED, 6)
+        note = f"Step {min(step, last)} of {last}. Outlined: predicted from all that is given."
+        page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
         frames.append(page.reduce(2))
+    return frames
 
-    # One palette for all makes a far smaller file.
-    ends = torch.cat([pil_to_tensor(frames[0]), pil_to_tensor(frames[-1])], 1)
-    palette = to_pil_image(ends).quantize()
-    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
 
 
 def mask_panels(ranks, width, order, scale=RAMP):
@@ -486,17 +455,16 @@ def draw_masks(ranks):
     top = [("ranks\n6 tokens", token_map(few, column(7), hues))]
     top += mask_panels(few.sort().values, column(7), "serialized", hues)
     top += mask_panels(few, column(7), "raster order", hues)
-    middle = [(f"ranks\n{len(ranks)} tokens", token_map(ranks, column(4)))]
-    middle += mask_panels(ranks.sort().values, column(4), "serialized")
-    blank = Image.new("RGB", (column(4), 1), WHITE)
-    bottom = [("", blank)] + mask_panels(ranks, column(4), "raster order")
-    key = [swatch(words, 200, (colour, colour)) for words, colour in MASK.items()]
-    title = "Attention masks: who may look at whom (Figure 4)"
+    rows = [top]
+    for order, shown in (("serialized", ranks.sort().values), ("raster order", ranks)):
+        panels = mask_panels(shown, column(4), order)
+        rows.append([(f"ranks\n{order}", token_map(shown, column(4))), *panels])
+    rows.append([swatch(words, 200, (colour, colour)) for words, colour in MASK.items()])
     note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks.
-        Serialized, that is sorted by rank, masks are made of blocks; in raster order they hold the
-        same, less visibly. Left out are the last segment in the encoder, as nothing comes after it,
-        and the first in the decoder, as nothing comes before it."""
-    return sheet(title, note, [top, middle, bottom, key])
+        Serialized, that is sorted by rank, masks are made of blocks. Left out are the last segment
+        in the encoder, as nothing comes after it, and the first in the decoder, as nothing comes
+        before it."""
+    return sheet("Attention masks: who may look at whom (Figure 4)", note, rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -531,25 +499,25 @@ def draw_predictions(model, images, ranks, labels):
     for i, photo in enumerate(photos(images)):
         grid = as_grid(ranks[i])
         last = grid.max().item()
+        steps = some_steps(last, 4)
 
         # What is given, some of the steps, all that they predict, and how far off it is.
         given = reveal(photo, grid == 0)
         row = [(shorten(labels[i], 14), photo), ("given", given)]
-        for step in some_steps(last, 4):
+        for step in steps:
             shown = reveal(predicted[i], grid == step, reveal(photo, grid < step))
             row.append((f"rank {step} of {last}", shown))
         row.append(("all predicted", reveal(predicted[i], grid > 0, given)))
         row.append((f"error {errors[i].nanmean():.2f}", reveal(as_grid(heats[i]), grid > 0)))
         row = [(words, enlarge(cells, column(8))) for words, cells in row]
-        for step, (_, image) in zip(some_steps(last, 4), row[2:]):
+        for step, (_, image) in zip(steps, row[2:]):
             outline(image, grid == step, RED, 4)
         rows.append(row)
-    rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600, RAMP)])
-    title = "Predictions, segment by segment (Sections 4 and 5)"
+    rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600)])
     note = """Outlined: predicted, from the true pixels shown. Grey: unknown; in the error: given.
         Normalized patches are shown with their true mean and deviation, which the model does not
         predict (as in MAE's demo)."""
-    return sheet(title, note, rows)
+    return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
 
 
 @torch.no_grad()
@@ -567,10 +535,9 @@ def draw_skips(model):
         image = enlarge(cells, column(1), 56 * len(cells))
         write_in_cells(image, cells, labels)
         rows.append([(words, image)])
-    title = "Trainable skip connections (Section 4.2)"
     note = """Decoder layer l reads Z[l], the sum over k of W[l,k] H[k], where H[k] is what encoder
         layer k puts out. Blue: below zero. Orange: above."""
-    return sheet(title, note, rows)
+    return sheet("Trainable skip connections (Section 4.2)", note, rows)
 
 
 @torch.no_grad()
@@ -599,9 +566,8 @@ def draw_attention(model, image, ranks, token=None):
     check(heads <= 32, f"{heads} heads do not fit on a page of {WIDTH} pixels")
     here = as_grid(torch.arange(N) == token)
     source = randsac.attention_masks(ranks)[0]  # [N,N]
-    everything = torch.ones_like(source)
     panels = []
-    for words, mask in (("masked: pre-training", source), ("not masked: probing", everything)):
+    for words, mask in (("masked: pre-training", source), ("not masked: probing", source | True)):
         maps = []
         for weights in attention_weights(model, image, mask)[:, :, token].flatten(0, 1):  # [N]
             cells = reveal(blend(as_grid(weights / weights.max())), as_grid(mask[token]))
@@ -611,11 +577,10 @@ def draw_attention(model, image, ranks, token=None):
     top = [("", enlarge(photos(image[None])[0], 240)), ("", token_map(ranks, 240))]
     for _, picture in top:
         outline(picture, here, RED, 4)
-    title = "Where a token looks (Section 4.1)"
     note = f"""The outlined token (rank {ranks[token]}): a row for each encoder layer, the first on
         top, a column for each head. Left, later segments are hidden (grey). A scale per map."""
-    key = swatch("weight: 0 ... largest of the map", 400, RAMP)
-    return sheet(title, note, [top, panels, [key]])
+    rows = [top, panels, [swatch("weight: 0 ... largest of the map", 400)]]
+    return sheet("Where a token looks (Section 4.1)", note, rows)
 
 
 def draw_loss_by_rank(model, images, ranks):
@@ -631,10 +596,9 @@ def draw_loss_by_rank(model, images, ranks):
         Series(steps, losses, BLUE, "bars"),
         Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"),
     ]
-    title = "Context helps: loss by rank (Section 3)"
-    note = f"""Mean over {len(images)} orders of prediction. The higher the rank, the more of an
-        image is given."""
-    return sheet(title, note, [[("", chart(column(1), 760, series, "rank", "mean squared error"))]])
+    image = chart(column(1), 760, series, "rank", "mean squared error")
+    note = f"Mean over {len(images)} images and orders. The higher the rank, the more is given."
+    return sheet("Context helps: loss by rank (Section 3)", note, [[("", image)]])
 
 
 def probe_name(row):
@@ -664,9 +628,8 @@ def draw_curves(runs):
         steps = [row["step"] for row in late]
         name = shorten(str(run), 60)
         losses.append(Series(steps, [row["loss"] for row in late], hue, "line", name))
-        ends = [row for row in rows if "held_out_loss" in row]
-        steps = [row["step"] for row in ends]
-        losses.append(Series(steps, [row["held_out_loss"] for row in ends], hue, "dots"))
+        held_out = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+        losses.append(Series(list(held_out), list(held_out.values()), hue, "dots"))
 
         # Of probes of one kind the last counts.
         top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
@@ -677,13 +640,12 @@ def draw_curves(runs):
     ]
     if probed:
         names = {}
-        for i, (protocol, what, where) in enumerate(probed):
-            names[i] = f"{protocol}\n{what}\n{shorten(where, 18)}"
+        for i, kind in enumerate(probed):
+            names[i] = "\n".join(shorten(word, 18) for word in kind)
         charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", names))
-    title = "Loss, learning rate and probes (Section 5)"
-    note = """Loss: lines, of crops of training images; dots, of whole held-out ones, which may be
-        harder or easier."""
-    return sheet(title, note, [[("", image)] for image in charts])
+    note = "Lines: crops of training images. Dots: whole held-out ones, maybe harder or easier."
+    rows = [[("", image)] for image in charts]
+    return sheet("Loss, learning rate and probes (Section 5)", note, rows)
 
 
 def draw_layers(probes):
@@ -695,15 +657,13 @@ def draw_layers(probes):
         if key in found[-1]:
             layers = list(range(1, len(found[-1][key]) + 1))
             series.append(Series(layers, found[-1][key], hue, "bars", label))
-    title = "Probes by depth (Section 5.1)"
+    image = chart(column(1), 700, series, "layer", "top-1 %")
     note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
-    return sheet(title, note, [[("", chart(column(1), 700, series, "layer", "top-1 %"))]])
+    return sheet("Probes by depth (Section 5.1)", note, [[("", image)]])
 
 
 # ------------------------------------------------------------------------------------------------
 # 5. The explorer: assets/explore.html, filled with orders and with what a model predicts
-
-DATA = '<script id="data" type="application/json">{}</script>'  # the place for them
 
 
 def flag_words(settings):
@@ -727,25 +687,23 @@ def data_uri(photo):
 def explorer_data(config, model, name, images, ranks, labels):
     """Config of your strategy or None; a model and its name, or None; images float [B,3,H,W], ranks
     [B,N] and labels, of which four are shown -> what the page is filled with."""
-    strategies = dict(STRATEGIES)
+    strategies = STRATEGIES
     own = Config()
     if config:
+        strategies = with_yours(config)
         own = config
-        strategies.update(describe(config))
-    mae = sample_ranks(Config(segments="mae"), 1, generator=seeded("cpu", own.seed, 9))
     sizes = ("dim", "depth", "decoder_depth", "patch_size")
     data = {
         "strategies": [],
-        "mae": mae[0].tolist(),
         "size": {key: getattr(own, key) for key in sizes},
         "image": data_uri(photos(images[:1])[0]),
         "model": None,
     }
     for i, (title, settings) in enumerate(strategies.items()):
-        flags = " ".join(map(str, flag_words(settings)))
         strategy = Config(**settings)
         orders = sample_ranks(strategy, 8, generator=seeded("cpu", own.seed, i))
-        entry = {"name": title, "flags": flags, "grid": strategy.grid, "levels": strategy.hierarchy}
+        entry = {"name": title, "flags": " ".join(map(str, flag_words(settings)))}
+        entry.update(grid=strategy.grid, levels=strategy.hierarchy, patch_size=strategy.patch_size)
         data["strategies"].append({**entry, "ranks": orders.tolist()})
     if model is None:
         return data
@@ -765,46 +723,52 @@ def fill_page(data):
     """-> explore.html with its data."""
     path = Path(__file__).with_name("assets") / "explore.html"
     check(path.exists(), f"{path} is missing: take it from a fresh copy of the project")
-    page = path.read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # so no label ends the script
-    return page.replace(DATA, DATA.replace("{}", text))
+    return path.read_text(encoding="utf-8").replace(">{}</script>", f">{text}</script>")
 
 
 # ------------------------------------------------------------------------------------------------
 # 6. From the command line to pictures
 
+IMAGE_FLAGS = {"image", "dataset", "data_dir"}
+BOTH = ORDER_FLAGS | IMAGE_FLAGS
+# The pictures in the order of index.html, and the flags that change each.
+PICTURES = {
+    "segments": BOTH,
+    "hierarchy": ORDER_FLAGS - {"last_rank"},
+    "order": BOTH,
+    "masks": ORDER_FLAGS,
+    "predictions": BOTH,
+    "skips": set(),
+    "attention": BOTH | {"token"},
+    "loss-by-rank": BOTH,
+    "curves": set(),
+    "layers": set(),
+    "explore": BOTH,
+}
 FIGURES = ["segments", "hierarchy", "order", "masks"]  # 1 to 4 of the paper
 OF_MODELS = ["predictions", "skips", "attention", "loss-by-rank"]
-PICTURES = [*FIGURES, *OF_MODELS, "curves", "layers", "explore"]  # in the order of index.html
-SHOW_IMAGES = {"segments", "order", "predictions", "attention", "loss-by-rank", "explore"}
-SHOW_ORDERS = SHOW_IMAGES | {"hierarchy", "masks"}
 ENDINGS = {"order": "gif", "explore": "html"}
+SHOWN = 256  # images at most: the first few for pictures, all for loss-by-rank
 INDEX = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>RandSAC</title>
 <style>body { max-width: 50em; margin: auto; font-family: sans-serif } img { width: 100% }</style>
+<p><a href="explore.html">Orders and masks, to play with</a></p>
 """
-# Which pictures a flag changes: beside others alone it is refused.
-ACTS = {
-    **dict.fromkeys(ORDER_FLAGS, SHOW_ORDERS),
-    **dict.fromkeys(("image", "dataset", "data_dir"), SHOW_IMAGES),
-    "last_rank": SHOW_ORDERS - {"hierarchy"},
-    "token": {"attention"},
-}
 
 
 def read_arguments(arguments):
     """-> the words of the command line, and {flag: value} of the flags that were given."""
     fields = {field.name for field in dataclasses.fields(Config)}
-    parser = randsac.make_parser(__doc__, leave_out=fields - ACTS.keys())
+    parser = randsac.make_parser(__doc__, leave_out=fields - BOTH)
     add = parser.add_argument
+    path = randsac.user_path
     pictures = f"{', '.join(PICTURES)}, all; with curves also directories of runs"
     add("pictures", nargs="*", default=[], metavar="PICTURE", help=pictures)
-    add("--checkpoint", type=randsac.user_path, metavar="FILE", help="checkpoint.pt of a run")
-    add(
-        "--image", type=randsac.user_path, metavar="FILE", help="show this image, not held-out ones"
-    )
+    add("--checkpoint", type=path, metavar="FILE", help="checkpoint.pt of a run")
+    add("--image", type=path, metavar="FILE", help="show this image, not held-out ones")
     add("--token", type=int, metavar="I", help="whose attention to show, in raster order from 0")
-    add("--out", type=randsac.user_path, metavar="DIR", help="where to (default: figures)")
+    add("--out", type=path, metavar="DIR", help="where to (default: figures)")
     flags = vars(parser.parse_intermixed_args(arguments))
     return flags.pop("pictures"), flags
 
@@ -815,7 +779,7 @@ def choose_pictures(words, flags):
     names = [word for word in words if word in PICTURES]
     runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
     if everything:
-        names = PICTURES
+        names = list(PICTURES)
     elif not words:
         names = FIGURES
     if runs and "curves" not in names:
@@ -839,18 +803,15 @@ def read_config(flags):
                 settings.pop(name)
         if flags.get("dataset", trained.dataset) != trained.dataset:  # in another folder
             settings.pop("data_dir")
-
-    # What is given on the command line comes before what the run had.
-    for name in (*ORDER_FLAGS, "dataset", "data_dir"):
-        if name in flags:
-            settings[name] = flags[name]
+    for name in flags.keys() & BOTH - {"image"}:
+        settings[name] = flags[name]
     return model, Config(**settings)
 
 
 def check_flags(flags, names, config):
     """Every flag changes one of the pictures, or is refused."""
-    for flag in flags.keys() & ACTS.keys():
-        acts = not ACTS[flag].isdisjoint(names)
+    for flag in flags.keys() - {"checkpoint", "out"}:
+        acts = any(flag in PICTURES[name] for name in names)
         check(acts, f"{flag_name(flag)} changes nothing in {', '.join(names)}: leave it out")
     twice = "image" in flags and ("dataset" in flags or "data_dir" in flags)
     check(not twice, "--image takes the place of a data set: leave out --dataset and --data-dir")
@@ -870,7 +831,6 @@ def choose_images(flags, config, model):
 
     if model is None and "dataset" not in flags:
         images, labels, classes = randsac.draw_shapes(8, size, seed=22)
-        images, labels = images[7:], labels[7:]  # a star
     else:
         images, labels, classes = randsac.load_images(config, train=False)
     if len(images) == 0:
@@ -945,13 +905,12 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
 def save(picture, path):
     """Writes a page of HTML, the frames of a GIF, or an image."""
     if path.suffix == ".html":
-        randsac.write_whole(path, lambda file: file.write(picture.encode()))
+        path.write_text(picture, encoding="utf-8")
     elif path.suffix == ".gif":
         times = [500] * (len(picture) - 1) + [2500]  # ms: the end stays longer
-        more = {"save_all": True, "append_images": picture[1:], "loop": 0, "duration": times}
-        randsac.write_whole(path, lambda file: picture[0].save(file, "GIF", **more))
+        picture[0].save(path, save_all=True, append_images=picture[1:], loop=0, duration=times)
     else:
-        randsac.write_whole(path, lambda file: picture.save(file, "PNG"))
+        picture.save(path)
     print(f"wrote {path}")
 
 
@@ -964,7 +923,7 @@ def main(arguments):
     # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
     images = None
     labels = None
-    if not SHOW_IMAGES.isdisjoint(names):
+    if any("image" in PICTURES[name] for name in names):
         images, labels = choose_images(flags, config, model)
     ranks = sample_ranks(config, SHOWN, generator=seeded("cpu", config.seed))
 
@@ -973,18 +932,16 @@ def main(arguments):
     out.mkdir(parents=True, exist_ok=True)
     index = INDEX
     for name in names:
+        path = out / f"{name}.{ENDINGS.get(name, 'png')}"
         try:
             picture = draw(name, model, config, images, labels, ranks, runs, flags)
         except UserError as error:
             check(everything, f"cannot draw {name}: {error}")
             print(f"skipped {name}: {error}")
             continue
-        path = out / f"{name}.{ENDINGS.get(name, 'png')}"
         save(picture, path)
-        shown = f'<img src="{path.name}" alt="{name}">'
-        if name == "explore":
-            shown = f'<a href="{path.name}">Orders and masks, to play with</a>'
-        index += f"<h2>{name}</h2>\n{shown}\n"
+        if name != "explore":
+            index += f'<img src="{path.name}" alt="{name}">\n'
 
     if everything:
         save(index, out / "index.html")

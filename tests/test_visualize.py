@@ -217,16 +217,16 @@ def test_hierarchical_orders_finish_a_partition_and_flat_ones_do_not():
     levels = randsac.sample_levels(micro(image_size=32), 1, generator=generator)
     nested = randsac.serialize(levels, "random", generator)[0]
     flat = randsac.serialize(levels[:1], "random", generator)[0]
-    image, words = vz.traversal(levels[0][0], levels[1][0], nested, 740)
+    image, words = vz.traversal(levels[1][0], nested, 740)
     assert words == "leaves a partition in 3 of 15 steps"
     assert colours(cells(image, 8, 8)[::2, ::2]) == 16
-    _, words = vz.traversal(levels[0][0], levels[1][0], flat, 740)
+    _, words = vz.traversal(levels[1][0], flat, 740)
     assert int(re.search(r"in (\d+) of 15", words)[1]) > 3
 
 
 def test_two_segments_of_one_centre_have_no_arrow_between_them():
     ids = torch.tensor([0, 1, 1, 0])
-    vz.traversal(ids, torch.zeros(4, dtype=torch.int64), ids, 740)
+    vz.traversal(torch.zeros(4, dtype=torch.int64), ids, 740)
 
 
 # --- what a model does
