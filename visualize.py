@@ -139,13 +139,11 @@ def write_in_cells(image, cells, labels):
     h = image.height / len(labels)
     w = image.width / len(labels[0])
     size = fitting_size(itertools.chain(*labels), 0.9 * w, most=min(30, int(0.55 * h)))
-    if size == 0:
-        return
     dark = cells.float() @ torch.tensor([0.3, 0.59, 0.11]) < 110  # [R,C]
-    for r, row in enumerate(labels):
-        for c, label in enumerate(row):
+    for r, c in itertools.product(range(len(labels)), range(len(labels[0]))):
+        if size > 0:
             ink = WHITE if dark[r, c] else INK
-            write(image, ((c + 0.5) * w, (r + 0.5) * h), label, size, ink, "mm")
+            write(image, ((c + 0.5) * w, (r + 0.5) * h), labels[r][c], size, ink, "mm")
 
 
 def token_map(ranks, width, scale=RAMP):
@@ -317,9 +315,8 @@ def draw_segments(photo, config):
         ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
         words = f"{name}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
         panels.append((words, token_map(ranks, column(5))))
-    note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
-        segment and are predicted together, from those of lower rank. Rank 0 is given. Scatter is
-        the control of Table 5, mae the baseline of Tables 7 and 8."""
+    note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a segment:
+        they are predicted together, from those of lower rank. Rank 0 is given."""
     rows = [panels[:5], panels[5:], [swatch("predicted first ... last", 300)]]
     return sheet("What is predicted when, by strategy (Figure 2)", note, rows)
 
@@ -344,35 +341,31 @@ def traversal(partitions, ranks, width):
     """Partitions and ranks [N] -> a map with arrows from segment to segment, and how often they
     leave a partition."""
     # A hue for each partition, lighter for later segments.
-    hues = blend(partitions % 7 / 6, HUES[3:]).float()  # [N,3]
-    late = ranks[:, None] / max(1, ranks.max())
-    cells = hues.lerp(torch.tensor(255.0), 0.65 * late).byte()
     grid = as_grid(ranks)
-    image = outline(enlarge(as_grid(cells), width), grid + 1)
+    hues = blend(as_grid(partitions) % 7 / 6, HUES[3:]).float()
+    late = grid[..., None] / max(1, grid.max())
+    cells = hues.lerp(torch.tensor(255.0), 0.65 * late).byte()
+    image = outline(enlarge(cells, width), grid + 1)
 
     # The centre of a segment lies inside it, however bent it is: its tokens nearest to the mean.
     centres = []
-    homes = []
-    for rank in range(ranks.max() + 1):
-        tokens = (grid == rank).nonzero() + 0.5  # [n,2]: row, column
+    for rank in range(grid.max() + 1):
+        tokens = (grid == rank).nonzero().flip(1) + 0.5  # [n,2]: x, y
         far = (tokens - tokens.mean(0)).norm(dim=1)
-        middle = tokens[far < far.min() + 1e-5].mean(0)
-        centres.append(middle.flip(0) * width / len(grid))  # x, y
-        homes.append(partitions[ranks == rank][0])
+        centres.append(tokens[far < far.min() + 1e-5].mean(0) * width / len(grid))
 
     # Backwards, so that no arrow covers the head of an earlier one.
-    leaves = 0
-    for k in reversed(range(1, len(centres))):
-        if homes[k - 1] == homes[k]:
-            arrow(image, centres[k - 1], centres[k], INK, WHITE)
-        else:
-            arrow(image, centres[k - 1], centres[k], WHITE, INK)
-            leaves += 1
+    homes = ranks.new_zeros(len(centres))
+    homes[ranks] = partitions
+    leaves = homes.diff() != 0
+    for k in reversed(range(len(leaves))):
+        colours = (WHITE, INK) if leaves[k] else (INK, WHITE)
+        arrow(image, centres[k], centres[k + 1], *colours)
     for k, centre in enumerate(centres):
         x, y = centre.tolist()
         ImageDraw.Draw(image).ellipse([x - 22, y - 22, x + 22, y + 22], WHITE, INK, 2)
         write(image, (x, y), str(k), 24, INK, "mm")
-    return image, f"leaves a partition in {leaves} of {len(homes) - 1} steps"
+    return image, f"leaves a partition in {leaves.sum()} of {len(leaves)} steps"
 
 
 def draw_hierarchy(config):
@@ -392,7 +385,7 @@ def draw_hierarchy(config):
             row.append((f"{segments} {counts}\n{leaves}", image))
         rows.append(row)
     note = """Hue: partition. Light: late. Arrows: order of prediction, white where they leave a
-        partition. Left: flat. Right: hierarchical, a partition is left when it is done."""
+        partition. Left: flat. Right: hierarchical, each partition is done before it is left."""
     return sheet("Flat and hierarchical serialization (Figure 3)", note, rows)
 
 
@@ -405,25 +398,23 @@ def draw_order(photo, ranks, predicted=None, most=64):
     """A photo uint8 [H,W,3], its predictions alike, ranks [N] -> frames of a GIF, one a step."""
     grid = as_grid(ranks)
     last = ranks.max().item()
-    words = "ranks: when each token is predicted"
+    words = "predicted, each segment from true pixels"
     if predicted is None:
-        in_numbers = token_map(ranks, column(2))
-    else:
-        words = "predicted, each segment from true pixels"
+        words = "ranks: when each token is predicted"
+        in_numbers = token_map(ranks, len(grid) * (column(2) // len(grid)))
+        predicted = pil_to_tensor(in_numbers).movedim(0, -1)
     frames = []
     for step in some_steps(last + 1, most):  # in the end all is given
         given = enlarge(reveal(photo, grid < step), column(2))
+        right = enlarge(reveal(predicted, grid <= step), column(2))
         outline(given, (grid + 1) * (grid >= step), "#E8E8E8")
-        if predicted is None:
-            right = in_numbers.copy()
-        else:
-            right = enlarge(reveal(predicted, grid <= step), column(2))
         for image in (given, right):
             outline(image, grid == step, RED, 6)
         note = f"Step {min(step, last)} of {last}. Outlined: predicted from all that is given."
         page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
         frames.append(page.reduce(2))
-    return frames
+    palette = frames[-1].quantize()  # one for all makes a far smaller file
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
 MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
@@ -460,10 +451,9 @@ def draw_masks(ranks):
         panels = mask_panels(shown, column(4), order)
         rows.append([(f"ranks\n{order}", token_map(shown, column(4))), *panels])
     rows.append([swatch(words, 200, (colour, colour)) for words, colour in MASK.items()])
-    note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks.
-        Serialized, that is sorted by rank, masks are made of blocks. Left out are the last segment
-        in the encoder, as nothing comes after it, and the first in the decoder, as nothing comes
-        before it."""
+    note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks. Left out
+        are the last segment in the encoder, as nothing comes after it, and the first in the
+        decoder, as nothing comes before it. Serialized, that is sorted by rank, they are the ends."""
     return sheet("Attention masks: who may look at whom (Figure 4)", note, rows)
 
 
@@ -515,8 +505,7 @@ def draw_predictions(model, images, ranks, labels):
         rows.append(row)
     rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600)])
     note = """Outlined: predicted, from the true pixels shown. Grey: unknown; in the error: given.
-        Normalized patches are shown with their true mean and deviation, which the model does not
-        predict (as in MAE's demo)."""
+        Normalized patches have their true mean and deviation, which the model does not predict."""
     return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
 
 
@@ -535,8 +524,9 @@ def draw_skips(model):
         image = enlarge(cells, column(1), 56 * len(cells))
         write_in_cells(image, cells, labels)
         rows.append([(words, image)])
-    note = """Decoder layer l reads Z[l], the sum over k of W[l,k] H[k], where H[k] is what encoder
-        layer k puts out. Blue: below zero. Orange: above."""
+    note = (
+        "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]; encoder layer k puts out H[k]."
+    )
     return sheet("Trainable skip connections (Section 4.2)", note, rows)
 
 
@@ -635,7 +625,7 @@ def draw_curves(runs):
         top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
         bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
     charts = [
-        chart(column(1), 660, losses, "step", "loss, from 2 % of the steps on"),
+        chart(column(1), 600 + 36 * len(runs), losses, "step", "loss, from 2 % of the steps on"),
         chart(column(1), 400, rates, "step", "learning rate"),
     ]
     if probed:
@@ -730,24 +720,15 @@ def fill_page(data):
 # ------------------------------------------------------------------------------------------------
 # 6. From the command line to pictures
 
-IMAGE_FLAGS = {"image", "dataset", "data_dir"}
-BOTH = ORDER_FLAGS | IMAGE_FLAGS
-# The pictures in the order of index.html, and the flags that change each.
-PICTURES = {
-    "segments": BOTH,
-    "hierarchy": ORDER_FLAGS - {"last_rank"},
-    "order": BOTH,
-    "masks": ORDER_FLAGS,
-    "predictions": BOTH,
-    "skips": set(),
-    "attention": BOTH | {"token"},
-    "loss-by-rank": BOTH,
-    "curves": set(),
-    "layers": set(),
-    "explore": BOTH,
-}
 FIGURES = ["segments", "hierarchy", "order", "masks"]  # 1 to 4 of the paper
 OF_MODELS = ["predictions", "skips", "attention", "loss-by-rank"]
+PICTURES = [*FIGURES, *OF_MODELS, "curves", "layers", "explore"]  # in the order of index.html
+SHOW_IMAGES = {"segments", "order", "predictions", "attention", "loss-by-rank", "explore"}
+SHOW_ORDERS = SHOW_IMAGES | {"hierarchy", "masks"}
+# Which pictures a flag changes: beside others alone it is refused.
+ACTS = dict.fromkeys(ORDER_FLAGS, SHOW_ORDERS)
+ACTS.update(dict.fromkeys(("image", "dataset", "data_dir"), SHOW_IMAGES))
+ACTS.update(last_rank=SHOW_ORDERS - {"hierarchy"}, token={"attention"})
 ENDINGS = {"order": "gif", "explore": "html"}
 SHOWN = 256  # images at most: the first few for pictures, all for loss-by-rank
 INDEX = """<!DOCTYPE html>
@@ -760,7 +741,7 @@ INDEX = """<!DOCTYPE html>
 def read_arguments(arguments):
     """-> the words of the command line, and {flag: value} of the flags that were given."""
     fields = {field.name for field in dataclasses.fields(Config)}
-    parser = randsac.make_parser(__doc__, leave_out=fields - BOTH)
+    parser = randsac.make_parser(__doc__, leave_out=fields - ACTS.keys())
     add = parser.add_argument
     path = randsac.user_path
     pictures = f"{', '.join(PICTURES)}, all; with curves also directories of runs"
@@ -779,7 +760,7 @@ def choose_pictures(words, flags):
     names = [word for word in words if word in PICTURES]
     runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
     if everything:
-        names = list(PICTURES)
+        names = PICTURES
     elif not words:
         names = FIGURES
     if runs and "curves" not in names:
@@ -803,15 +784,16 @@ def read_config(flags):
                 settings.pop(name)
         if flags.get("dataset", trained.dataset) != trained.dataset:  # in another folder
             settings.pop("data_dir")
-    for name in flags.keys() & BOTH - {"image"}:
-        settings[name] = flags[name]
+    for name in (*ORDER_FLAGS, "dataset", "data_dir"):
+        if name in flags:
+            settings[name] = flags[name]
     return model, Config(**settings)
 
 
 def check_flags(flags, names, config):
     """Every flag changes one of the pictures, or is refused."""
-    for flag in flags.keys() - {"checkpoint", "out"}:
-        acts = any(flag in PICTURES[name] for name in names)
+    for flag in flags.keys() & ACTS.keys():
+        acts = not ACTS[flag].isdisjoint(names)
         check(acts, f"{flag_name(flag)} changes nothing in {', '.join(names)}: leave it out")
     twice = "image" in flags and ("dataset" in flags or "data_dir" in flags)
     check(not twice, "--image takes the place of a data set: leave out --dataset and --data-dir")
@@ -923,7 +905,7 @@ def main(arguments):
     # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
     images = None
     labels = None
-    if any("image" in PICTURES[name] for name in names):
+    if not SHOW_IMAGES.isdisjoint(names):
         images, labels = choose_images(flags, config, model)
     ranks = sample_ranks(config, SHOWN, generator=seeded("cpu", config.seed))
 
