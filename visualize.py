@@ -297,7 +297,7 @@ STRATEGIES = {
     "scatter 9": {"segments": "scatter", "hierarchy": (9,)},
     "mae": {"segments": "mae"},
 }
-ORDER_FLAGS = {"image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed"}
+ORDER_FLAGS = ("image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed")
 
 
 def with_yours(config):
@@ -315,8 +315,8 @@ def draw_segments(photo, config):
         ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
         words = f"{name}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
         panels.append((words, token_map(ranks, column(5))))
-    note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a segment:
-        they are predicted together, from those of lower rank. Rank 0 is given."""
+    note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
+        segment: they are predicted together, from those of lower rank. Rank 0 is given."""
     rows = [panels[:5], panels[5:], [swatch("predicted first ... last", 300)]]
     return sheet("What is predicted when, by strategy (Figure 2)", note, rows)
 
@@ -413,7 +413,9 @@ def draw_order(photo, ranks, predicted=None, most=64):
         note = f"Step {min(step, last)} of {last}. Outlined: predicted from all that is given."
         page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
         frames.append(page.reduce(2))
-    palette = frames[-1].quantize()  # one for all makes a far smaller file
+
+    # One palette for all makes a far smaller file. Halfway all colours are there.
+    palette = frames[(len(frames) - 1) // 2].quantize()
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -451,9 +453,9 @@ def draw_masks(ranks):
         panels = mask_panels(shown, column(4), order)
         rows.append([(f"ranks\n{order}", token_map(shown, column(4))), *panels])
     rows.append([swatch(words, 200, (colour, colour)) for words, colour in MASK.items()])
-    note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks. Left out
-        are the last segment in the encoder, as nothing comes after it, and the first in the
-        decoder, as nothing comes before it. Serialized, that is sorted by rank, they are the ends."""
+    note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks. Left
+        out are the last segment in the encoder, as nothing comes after it, and the first in the
+        decoder, as nothing comes before it. Sorted by rank (serialized) these are the ends."""
     return sheet("Attention masks: who may look at whom (Figure 4)", note, rows)
 
 
@@ -575,17 +577,13 @@ def draw_attention(model, image, ranks, token=None):
 
 def draw_loss_by_rank(model, images, ranks):
     """Images float [B,3,H,W], ranks [B,N]: the mean error of the tokens of each rank."""
-    parts = [predict(model, *part) for part in zip(images.split(64), ranks.split(64))]
-    errors = torch.cat([errors for _, errors, _ in parts])  # [B,N]
-    zeros = torch.cat([zeros for _, _, zeros in parts])
+    _, errors, zeros = predict(model, images, ranks)  # [B,N]
     steps = list(range(1, ranks.max() + 1))
     losses = [errors[ranks == step].mean().item() for step in steps]
     zero = zeros[ranks > 0].mean().item()
     ends = [0.6, len(steps) + 0.4]
-    series = [
-        Series(steps, losses, BLUE, "bars"),
-        Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"),
-    ]
+    line = Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}")
+    series = [Series(steps, losses, BLUE, "bars"), line]
     image = chart(column(1), 760, series, "rank", "mean squared error")
     note = f"Mean over {len(images)} images and orders. The higher the rank, the more is given."
     return sheet("Context helps: loss by rank (Section 3)", note, [[("", image)]])
@@ -616,8 +614,9 @@ def draw_curves(runs):
         # The first losses are so high that all later ones would look alike.
         late = [row for row in rows if row["step"] > 0.02 * steps[-1]]
         steps = [row["step"] for row in late]
-        name = shorten(str(run), 60)
-        losses.append(Series(steps, [row["loss"] for row in late], hue, "line", name))
+        losses.append(
+            Series(steps, [row["loss"] for row in late], hue, "line", shorten(str(run), 60))
+        )
         held_out = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
         losses.append(Series(list(held_out), list(held_out.values()), hue, "dots"))
 
@@ -625,14 +624,12 @@ def draw_curves(runs):
         top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
         bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
     charts = [
-        chart(column(1), 600 + 36 * len(runs), losses, "step", "loss, from 2 % of the steps on"),
-        chart(column(1), 400, rates, "step", "learning rate"),
+        chart(column(1), 600 + 36 * len(runs), losses, "step", "loss, after 2 % of the steps")
     ]
+    charts.append(chart(column(1), 400, rates, "step", "learning rate"))
     if probed:
-        names = {}
-        for i, kind in enumerate(probed):
-            names[i] = "\n".join(shorten(word, 18) for word in kind)
-        charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", names))
+        names = ["\n".join(shorten(word, 18) for word in kind) for kind in probed]
+        charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", dict(enumerate(names))))
     note = "Lines: crops of training images. Dots: whole held-out ones, maybe harder or easier."
     rows = [[("", image)] for image in charts]
     return sheet("Loss, learning rate and probes (Section 5)", note, rows)
@@ -682,30 +679,25 @@ def explorer_data(config, model, name, images, ranks, labels):
     if config:
         strategies = with_yours(config)
         own = config
+    data = {"strategies": [], "image": data_uri(photos(images[:1])[0]), "model": None}
     sizes = ("dim", "depth", "decoder_depth", "patch_size")
-    data = {
-        "strategies": [],
-        "size": {key: getattr(own, key) for key in sizes},
-        "image": data_uri(photos(images[:1])[0]),
-        "model": None,
-    }
+    data["size"] = {name: getattr(own, name) for name in sizes}
     for i, (title, settings) in enumerate(strategies.items()):
         strategy = Config(**settings)
         orders = sample_ranks(strategy, 8, generator=seeded("cpu", own.seed, i))
         entry = {"name": title, "flags": " ".join(map(str, flag_words(settings)))}
         entry.update(grid=strategy.grid, levels=strategy.hierarchy, patch_size=strategy.patch_size)
         data["strategies"].append({**entry, "ranks": orders.tolist()})
-    if model is None:
-        return data
 
     # What the model predicts, each segment from true pixels.
-    predicted, errors, _ = predict(model, images[:4], ranks[:4])
-    data["model"] = {"name": name, "images": []}
-    for i, photo in enumerate(photos(images[:4])):
-        entry = {"label": labels[i], "image": data_uri(photo), "predicted": data_uri(predicted[i])}
-        numbers = [round(e, 3) if math.isfinite(e) else None for e in errors[i].tolist()]
-        entry.update(grid=own.grid, ranks=ranks[i].tolist(), errors=numbers)
-        data["model"]["images"].append(entry)
+    if model:
+        data["model"] = {"name": name, "images": []}
+        predicted, errors, _ = predict(model, images[:4], ranks[:4])
+        for i, photo in enumerate(photos(images[:4])):
+            numbers = [round(e, 3) if math.isfinite(e) else None for e in errors[i].tolist()]
+            entry = {"label": labels[i], "grid": own.grid, "ranks": ranks[i].tolist()}
+            entry.update(image=data_uri(photo), predicted=data_uri(predicted[i]), errors=numbers)
+            data["model"]["images"].append(entry)
     return data
 
 
@@ -730,7 +722,7 @@ ACTS = dict.fromkeys(ORDER_FLAGS, SHOW_ORDERS)
 ACTS.update(dict.fromkeys(("image", "dataset", "data_dir"), SHOW_IMAGES))
 ACTS.update(last_rank=SHOW_ORDERS - {"hierarchy"}, token={"attention"})
 ENDINGS = {"order": "gif", "explore": "html"}
-SHOWN = 256  # images at most: the first few for pictures, all for loss-by-rank
+SHOWN = 128  # images at most: the first few for pictures, all for loss-by-rank
 INDEX = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>RandSAC</title>
 <style>body { max-width: 50em; margin: auto; font-family: sans-serif } img { width: 100% }</style>
@@ -755,7 +747,7 @@ def read_arguments(arguments):
 
 
 def choose_pictures(words, flags):
-    """-> names of pictures, directories of runs, whether all are drawn that can be."""
+    """-> names of pictures, directories of runs, and whether all that can be drawn are wanted."""
     everything = "all" in words or (not words and "checkpoint" in flags)
     names = [word for word in words if word in PICTURES]
     runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
@@ -860,9 +852,7 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
     if name == "hierarchy":
         return draw_hierarchy(config)
     if name == "order":
-        predicted = None
-        if model:
-            predicted = predict(model, images[:1], ranks[:1])[0][0]
+        predicted = predict(model, images[:1], ranks[:1])[0][0] if model else None
         return draw_order(photos(images[:1])[0], ranks[0], predicted)
     if name == "masks":
         return draw_masks(ranks[0])
@@ -916,12 +906,11 @@ def main(arguments):
     for name in names:
         path = out / f"{name}.{ENDINGS.get(name, 'png')}"
         try:
-            picture = draw(name, model, config, images, labels, ranks, runs, flags)
+            save(draw(name, model, config, images, labels, ranks, runs, flags), path)
         except UserError as error:
             check(everything, f"cannot draw {name}: {error}")
             print(f"skipped {name}: {error}")
             continue
-        save(picture, path)
         if name != "explore":
             index += f'<img src="{path.name}" alt="{name}">\n'
 
