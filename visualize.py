@@ -46,6 +46,10 @@ ORANGE = "#E69F00"
 GREEN = "#009E73"
 HUES = (BLUE, RED, INK, ORANGE, "#56B4E9", GREEN, "#8C510A", "#882255", "#CC79A7", "#999933")
 RAMP = ("#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725")
+MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
+GREY_PIXEL = torch.tensor(ImageColor.getrgb(GREY), dtype=torch.uint8)
+
+font = functools.cache(ImageFont.load_default)  # by size
 
 # ------------------------------------------------------------------------------------------------
 # 1. Cells, words and pages
@@ -58,9 +62,6 @@ def blend(values, scale=RAMP):
     below = place.long().clamp(max=len(scale) - 2)
     share = (place - below)[..., None]
     return stops[below].lerp(stops[below + 1], share).round().byte()
-
-
-GREY_PIXEL = blend(0, (GREY, GREY))
 
 
 def photos(images):
@@ -96,6 +97,8 @@ def outline(image, ids, colour=WHITE, width=1):
     """Draws lines inside of cells [R,C], where those of another id begin. Id 0 has none."""
     W, H = image.size
     large = F.interpolate(ids[None, None].float(), (H, W))[0, 0]  # [H,W]
+
+    # A pixel lies on a line where one of its eight neighbours, `width` away, has another id.
     around = F.pad(large, [width] * 4)
     edge = torch.zeros(H, W, dtype=torch.bool)
     for y, x in itertools.product((0, width, 2 * width), repeat=2):
@@ -105,15 +108,12 @@ def outline(image, ids, colour=WHITE, width=1):
     return image
 
 
-font = functools.cache(ImageFont.load_default)
-
-
 def shorten(words, most):
     """A long name loses its middle."""
-    if len(words) <= most:
-        return words
-    half = (most - 3) // 2
-    return f"{words[:half]}...{words[-half:]}"
+    if len(words) > most:
+        half = (most - 3) // 2
+        words = f"{words[:half]}...{words[-half:]}"
+    return words
 
 
 def write(image, place, words, size=24, colour=INK, anchor="la", align="left", halo=0):
@@ -217,6 +217,8 @@ def draw_series(image, series, place):
             left, top = place(x - 0.4 + share * i, y)
             pen.rectangle([left, top, left + width - 2, place(x, 0)[1]], one.colour)
             numbers[left + width / 2, top - 6] = f"{y:#.3g}".rstrip(".")
+
+    # Lines and dots lie over bars. A line of one point is a dot.
     for one in series:
         points = [place(x, y) for x, y in zip(one.xs, one.ys)]
         if one.style == "line":
@@ -262,7 +264,7 @@ def chart(width, height, series, x_label, y_label, names=None):
         right = round(max(xs)) + 0.5
         low = 0
 
-    # Where it lies in the image, between axes with round numbers or names.
+    # Where it lies in the image.
     if names is None:
         names = {x: f"{x:g}" for x in ticks(left, right, width // 120) if x == round(x)}
     foot = height - 76 - 37 * max(words.count("\n") for words in names.values())
@@ -272,6 +274,7 @@ def chart(width, height, series, x_label, y_label, names=None):
     def place(x, y):
         return 112 + x_unit * (x - left), foot - y_unit * (y - low)
 
+    # Axes, with round numbers or names.
     for y in ticks(low, high, (foot - top) / 80):
         pen.line([place(left, y), place(right, y)], "#DDDDDD", 2)
         write(image, (100, place(left, y)[1]), f"{y:g}", 24, DIM, "rm")
@@ -323,11 +326,14 @@ def draw_segments(photo, config):
 
 def arrow(image, start, end, colour, edge):
     """From start to shortly before end, both [2] (x, y), bowed to pass by what lies between."""
+    # The curve ends before the disc that marks a segment.
     way = end - start
     gap = (34 / way.norm()).clamp(max=0.3)
     t = torch.linspace(0, 1, 50)[:, None] * (1 - gap)
     bow = way.flip(0) * torch.tensor([-0.5, 0.5])  # across the way
     curve = start + t * way + t * (1 - t) * bow  # [50,2]
+
+    # Its head looks along its last piece.
     points = [tuple(point) for point in curve.tolist()]
     pen = ImageDraw.Draw(image)
     pen.line(points, edge, 9, "curve")
@@ -419,14 +425,15 @@ def draw_order(photo, ranks, predicted=None, most=64):
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
-MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
-
-
 def mask_panels(ranks, width, order, scale=RAMP):
     """Source, target and memory mask of ranks [N], the colours of the ranks along their sides."""
+    # Rows and columns that Section 4.1 leaves out: the last segment as it encodes, the first as it
+    # is decoded.
     first = ranks == 0
     last = ranks == ranks.max()
     left_out = (last[:, None] | last, first[:, None] | first, first[:, None] | last)  # [N,N] each
+
+    # Cells in the colours of MASK, with a band above and one on the left.
     thick = 1 + len(ranks) // 20
     bands = blend(ranks / max(1, ranks.max()), scale)  # [N,3]
     panels = []
@@ -518,6 +525,7 @@ def draw_skips(model):
     W = model.skip
     rows = []
     for words, values in (("W", W), ("W less its start", W - randsac.RandSAC(model.config).skip)):
+        # White is zero. A row and a column for names come before the weights.
         scaled = values / values.abs().max().clamp(min=1e-9)
         cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
         labels = [["", *(f"H[{k + 1}]" for k in range(W.shape[1]))]]
@@ -526,9 +534,7 @@ def draw_skips(model):
         image = enlarge(cells, column(1), 56 * len(cells))
         write_in_cells(image, cells, labels)
         rows.append([(words, image)])
-    note = (
-        "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]; encoder layer k puts out H[k]."
-    )
+    note = "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]. H[k]: encoder layer k."
     return sheet("Trainable skip connections (Section 4.2)", note, rows)
 
 
@@ -556,6 +562,8 @@ def draw_attention(model, image, ranks, token=None):
     heads = model.config.heads
     check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
     check(heads <= 32, f"{heads} heads do not fit on a page of {WIDTH} pixels")
+
+    # A map of each head and layer, with the mask and without it.
     here = as_grid(torch.arange(N) == token)
     source = randsac.attention_masks(ranks)[0]  # [N,N]
     panels = []
@@ -566,6 +574,8 @@ def draw_attention(model, image, ranks, token=None):
             maps.append(pil_to_tensor(outline(enlarge(cells, column(2 * heads)), here, RED, 3)))
         tiles = to_pil_image(make_grid(maps, heads, GAP, pad_value=255))
         panels.append((words, tiles.crop((GAP, GAP, tiles.width - GAP, tiles.height))))
+
+    # Above them: which token it is.
     top = [("", enlarge(photos(image[None])[0], 240)), ("", token_map(ranks, 240))]
     for _, picture in top:
         outline(picture, here, RED, 4)
@@ -591,13 +601,15 @@ def draw_loss_by_rank(model, images, ranks):
 
 def probe_name(row):
     """A row of probes.jsonl -> protocol, what was probed, on which images."""
-    what = row["features"]
-    if row["random_init"]:
-        what = "random weights"
-    where = row["dataset"]
-    if where == "folder":
-        where = row["data_dir"]
+    what = "random weights" if row["random_init"] else row["features"]
+    where = row["data_dir"] if row["dataset"] == "folder" else row["dataset"]
     return row["protocol"], what, where
+
+
+def over_steps(rows, key, colour, style, label=""):
+    """Rows of metrics.jsonl -> a series of what those have that have this key."""
+    points = {row["step"]: row[key] for row in rows if key in row}
+    return Series(list(points), list(points.values()), colour, style, label)
 
 
 def draw_curves(runs):
@@ -608,24 +620,17 @@ def draw_curves(runs):
     bars = []
     probed = sorted({probe_name(row) for _, _, probes in runs for row in probes})
     for hue, (run, rows, probes) in zip(HUES, runs):
-        steps = [row["step"] for row in rows]
-        rates.append(Series(steps, [row["lr"] for row in rows], hue, "line"))
-
         # The first losses are so high that all later ones would look alike.
-        late = [row for row in rows if row["step"] > 0.02 * steps[-1]]
-        steps = [row["step"] for row in late]
-        losses.append(
-            Series(steps, [row["loss"] for row in late], hue, "line", shorten(str(run), 60))
-        )
-        held_out = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
-        losses.append(Series(list(held_out), list(held_out.values()), hue, "dots"))
+        late = [row for row in rows if row["step"] > 0.02 * rows[-1]["step"]]
+        losses.append(over_steps(late, "loss", hue, "line", shorten(str(run), 60)))
+        losses.append(over_steps(rows, "held_out_loss", hue, "dots"))
+        rates.append(over_steps(rows, "lr", hue, "line"))
 
         # Of probes of one kind the last counts.
         top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
         bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
-    charts = [
-        chart(column(1), 600 + 36 * len(runs), losses, "step", "loss, after 2 % of the steps")
-    ]
+    height = 600 + 36 * len(runs)
+    charts = [chart(column(1), height, losses, "step", "loss, from 2 % of the steps on")]
     charts.append(chart(column(1), 400, rates, "step", "learning rate"))
     if probed:
         names = ["\n".join(shorten(word, 18) for word in kind) for kind in probed]
@@ -746,22 +751,6 @@ def read_arguments(arguments):
     return flags.pop("pictures"), flags
 
 
-def choose_pictures(words, flags):
-    """-> names of pictures, directories of runs, and whether all that can be drawn are wanted."""
-    everything = "all" in words or (not words and "checkpoint" in flags)
-    names = [word for word in words if word in PICTURES]
-    runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
-    if everything:
-        names = PICTURES
-    elif not words:
-        names = FIGURES
-    if runs and "curves" not in names:
-        raise UserError(f"there is no picture {runs[0]}: choose from {', '.join(PICTURES)}, all")
-    if "checkpoint" in flags:
-        runs = [flags["checkpoint"].parent, *runs]
-    return names, runs, everything
-
-
 def read_config(flags):
     """-> the model or None, and Config: that of the model, with the flags that were given."""
     model = None
@@ -776,22 +765,36 @@ def read_config(flags):
                 settings.pop(name)
         if flags.get("dataset", trained.dataset) != trained.dataset:  # in another folder
             settings.pop("data_dir")
+
+    # What is given on the command line comes before what the run had.
     for name in (*ORDER_FLAGS, "dataset", "data_dir"):
         if name in flags:
             settings[name] = flags[name]
     return model, Config(**settings)
 
 
-def check_flags(flags, names, config):
-    """Every flag changes one of the pictures, or is refused."""
+def choose_pictures(words, flags, config):
+    """-> names of pictures, directories of runs, and whether all that can be drawn are wanted."""
+    everything = "all" in words or (not words and "checkpoint" in flags)
+    names = [word for word in words if word in PICTURES]
+    if everything:
+        names = PICTURES
+    elif not words:
+        names = FIGURES
+    runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
+    if runs and "curves" not in names:
+        raise UserError(f"there is no picture {runs[0]}: choose from {', '.join(PICTURES)}, all")
+    if "checkpoint" in flags:
+        runs = [flags["checkpoint"].parent, *runs]
+
+    # Every flag changes one of the pictures, or is refused.
     for flag in flags.keys() & ACTS.keys():
         acts = not ACTS[flag].isdisjoint(names)
         check(acts, f"{flag_name(flag)} changes nothing in {', '.join(names)}: leave it out")
-    twice = "image" in flags and ("dataset" in flags or "data_dir" in flags)
-    check(not twice, "--image takes the place of a data set: leave out --dataset and --data-dir")
     flat = len(config.hierarchy) < 2 and ("segments" in flags or "hierarchy" in flags)
     wanted = "give --hierarchy two counts, such as 16 4"
     check(not flat or names != ["hierarchy"], f"hierarchy shows segments in partitions: {wanted}")
+    return names, runs, everything
 
 
 def choose_images(flags, config, model):
@@ -800,11 +803,13 @@ def choose_images(flags, config, model):
     if model is None:  # no model minds: the larger, the nicer
         size = config.grid * math.ceil(128 / config.grid)
     if "image" in flags:
+        alone = "dataset" not in flags and "data_dir" not in flags
+        check(alone, "--image takes the place of a data set: leave out --dataset and --data-dir")
         image = torch.tensor(randsac.decode_image(flags["image"], size))
         return randsac.normalize(image.expand(5, -1, -1, -1), size), [flags["image"].name] * 5
 
     if model is None and "dataset" not in flags:
-        images, labels, classes = randsac.draw_shapes(8, size, seed=22)
+        images, labels, classes = randsac.draw_shapes(12, size, seed=6)
     else:
         images, labels, classes = randsac.load_images(config, train=False)
     if len(images) == 0:
@@ -812,10 +817,11 @@ def choose_images(flags, config, model):
         print(f"{config.data_dir} has no held-out images: training images are shown")
 
     # In random order, but first one of each class.
-    order = torch.randperm(len(labels), generator=seeded("cpu", config.seed, 1))
-    firsts = [(labels[order] == label).nonzero()[0] for label in labels.unique()]
-    order = torch.cat([order[torch.cat(firsts).sort().values], order])[:SHOWN]
-    return randsac.normalize(images[order], size), [classes[label] for label in labels[order]]
+    names = [classes[label] for label in labels.tolist()]
+    order = torch.randperm(len(names), generator=seeded("cpu", config.seed, 1)).tolist()
+    firsts = {names[i]: i for i in reversed(order)}
+    order = [*firsts.values(), *order][:SHOWN]
+    return randsac.normalize(images[order], size), [names[i] for i in order]
 
 
 def read_rows(path, numbers, words=()):
@@ -888,9 +894,8 @@ def save(picture, path):
 
 def main(arguments):
     words, flags = read_arguments(arguments)
-    names, runs, everything = choose_pictures(words, flags)
     model, config = read_config(flags)
-    check_flags(flags, names, config)
+    names, runs, everything = choose_pictures(words, flags, config)
 
     # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
     images = None
