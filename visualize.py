@@ -534,7 +534,7 @@ def draw_skips(model):
         image = enlarge(cells, column(1), 56 * len(cells))
         write_in_cells(image, cells, labels)
         rows.append([(words, image)])
-    note = "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]. H[k]: encoder layer k."
+    note = "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]. Blue: negative. Orange: positive."
     return sheet("Trainable skip connections (Section 4.2)", note, rows)
 
 
