@@ -203,6 +203,24 @@ def ticks(low, high, most):
             return [round(i * step, 12) for i in numbers]
 
 
+def write_legend(image, y_label, series):
+    """What y is, and what the colours are -> where the room below begins."""
+    write(image, (0, 0), y_label)
+    x = 60 + font(24).getlength(y_label)
+    y = 0
+    for one in series:
+        if not one.label:
+            continue
+        width = 84 + font(24).getlength(one.label)
+        if x + width > image.width:
+            x = 0
+            y += 40
+        ImageDraw.Draw(image).rectangle([x, y + 4, x + 28, y + 24], one.colour)
+        write(image, (x + 40, y), one.label)
+        x += width
+    return y + 48
+
+
 def draw_series(image, series, place):
     """Draws bars, lines and dots where place(x, y) says."""
     pen = ImageDraw.Draw(image)
@@ -239,16 +257,6 @@ def chart(width, height, series, x_label, y_label, names=None):
     image = Image.new("RGB", (width, height), WHITE)
     pen = ImageDraw.Draw(image)
 
-    # The legend.
-    top = 0
-    for one in series:
-        if one.label:
-            pen.rectangle([0, top + 4, 28, top + 24], one.colour)
-            write(image, (40, top), one.label)
-            top += 36
-    write(image, (0, top), y_label)
-    top += 48
-
     # The part of the plane that is shown. Bars are whole and begin at zero.
     xs = [x for one in series for x in one.xs]
     ys = [y for one in series for y in one.ys]
@@ -265,6 +273,7 @@ def chart(width, height, series, x_label, y_label, names=None):
         low = 0
 
     # Where it lies in the image.
+    top = write_legend(image, y_label, series)
     if names is None:
         names = {x: f"{x:g}" for x in ticks(left, right, width // 120) if x == round(x)}
     foot = height - 76 - 37 * max(words.count("\n") for words in names.values())
@@ -534,7 +543,7 @@ def draw_skips(model):
         image = enlarge(cells, column(1), 56 * len(cells))
         write_in_cells(image, cells, labels)
         rows.append([(words, image)])
-    note = "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]. Blue: negative. Orange: positive."
+    note = "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]. Blue: below zero."
     return sheet("Trainable skip connections (Section 4.2)", note, rows)
 
 
@@ -629,8 +638,7 @@ def draw_curves(runs):
         # Of probes of one kind the last counts.
         top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
         bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
-    height = 600 + 36 * len(runs)
-    charts = [chart(column(1), height, losses, "step", "loss, from 2 % of the steps on")]
+    charts = [chart(column(1), 660, losses, "step", "loss, from 2 % of the steps on")]
     charts.append(chart(column(1), 400, rates, "step", "learning rate"))
     if probed:
         names = ["\n".join(shorten(word, 18) for word in kind) for kind in probed]
