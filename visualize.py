@@ -891,12 +891,13 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
 def save(picture, path):
     """Writes a page of HTML, the frames of a GIF, or an image."""
     if path.suffix == ".html":
-        path.write_text(picture, encoding="utf-8")
+        randsac.write_whole(path, lambda file: file.write(picture.encode()))
     elif path.suffix == ".gif":
         times = [500] * (len(picture) - 1) + [2500]  # ms: the end stays longer
-        picture[0].save(path, save_all=True, append_images=picture[1:], loop=0, duration=times)
+        more = {"save_all": True, "append_images": picture[1:], "loop": 0, "duration": times}
+        randsac.write_whole(path, lambda file: picture[0].save(file, "GIF", **more))
     else:
-        picture.save(path)
+        randsac.write_whole(path, lambda file: picture.save(file, "PNG"))
     print(f"wrote {path}")
 
 
@@ -919,11 +920,12 @@ def main(arguments):
     for name in names:
         path = out / f"{name}.{ENDINGS.get(name, 'png')}"
         try:
-            save(draw(name, model, config, images, labels, ranks, runs, flags), path)
+            picture = draw(name, model, config, images, labels, ranks, runs, flags)
         except UserError as error:
             check(everything, f"cannot draw {name}: {error}")
             print(f"skipped {name}: {error}")
             continue
+        save(picture, path)
         if name != "explore":
             index += f'<img src="{path.name}" alt="{name}">\n'
 
