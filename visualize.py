@@ -321,14 +321,17 @@ def with_yours(config):
 
 def draw_segments(photo, config):
     """A photo uint8 [H,W,3], and an order of every strategy, yours (config) last."""
-    panels = [("image", enlarge(photo, column(5)))]
+    in_figure = ("pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5")
+    letters = dict(zip(in_figure, ("(b) ", "(c) ", "(d) ", "(e) ", "(f) ")))
+    panels = [("(a) image", enlarge(photo, column(5)))]
     for i, (name, settings) in enumerate(with_yours(config).items()):
         generator = seeded("cpu", config.seed, i)
         ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
-        words = f"{name}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
+        words = f"{letters.get(name, '')}{name}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
         panels.append((words, token_map(ranks, column(5))))
     note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
-        segment: they are predicted together, from those of lower rank. Rank 0 is given."""
+        segment: they are predicted together, from those of lower rank. Rank 0 is given. Scatter:
+        the control of Table 5. Yours: as your flags say."""
     rows = [panels[:5], panels[5:], [swatch("predicted first ... last", 300)]]
     return sheet("What is predicted when, by strategy (Figure 2)", note, rows)
 
