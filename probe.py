@@ -2,23 +2,21 @@
 thrown away; the unmasked encoder turns an image into tokens, and the mean of its last layer's
 tokens is the image's feature.
 
-    python probe.py runs/NAME/checkpoint.pt                      # LIN and kNN
-    python probe.py runs/NAME/checkpoint.pt --random-init        # their floor: an untrained encoder
-    python probe.py runs/NAME/checkpoint.pt --features pixels    # another: no encoder at all
-    python probe.py runs/NAME/checkpoint.pt --protocol layers    # LIN and kNN at every depth
-    python probe.py runs/NAME/checkpoint.pt --protocol finetune  # FT, the paper's other column
-    python probe.py runs/NAME/checkpoint.pt --dataset cifar100   # transfer to other images
+    python probe.py runs/NAME/checkpoint.pt                    # LIN and kNN
+    python probe.py runs/NAME/checkpoint.pt --random-init      # their floor: an untrained encoder
+    python probe.py runs/NAME/checkpoint.pt --features pixels  # another: no encoder at all
+    python probe.py runs/NAME/checkpoint.pt --protocol layers  # or another of these four
 
-The protocols and what they cost. A pass is one look of the encoder at every image: 60,000 images of
-32 x 32 pixels and the nano model take some minutes on one CPU core.
+  linear      LIN: a linear classifier on features of the frozen encoder, solved to its optimum, so
+              there is no training to tune. kNN: the 20 nearest training images vote
+  layers      both at every encoder layer
+  linear-sgd  LIN the paper's way: 90 epochs of a linear layer on augmented images
+  finetune    FT, the paper's other column: 100 epochs in which all is trained, end to end. With
+              --from-scratch it is the paper's supervised row
 
-  linear      1 pass. LIN: a linear classifier on features of the frozen encoder, solved to its
-              optimum, so there is no training to tune. kNN: the 20 nearest training images vote
-  layers      1 pass. Both at every encoder layer
-  linear-sgd  91 passes. LIN the paper's way: 90 epochs of a linear layer on augmented images
-  finetune    100 epochs, each as long as 4 passes: a GPU's job. FT: all is trained, end to end.
-              With --from-scratch it is the paper's supervised row
-
+A pass is one look of the encoder at every image: 60,000 images of 32 x 32 pixels and the nano model
+take some minutes on one CPU core. linear and layers cost 1 pass, linear-sgd 91, and an epoch of
+finetune 4: a GPU's job. --dataset and --data-dir take other images than those of the training.
 Each number is printed, and added as a row to probes.jsonl beside the checkpoint. Accuracies are in
 percent of the test images, whose labels are used for nothing else.
 
@@ -67,7 +65,6 @@ RECIPES = {  # of the protocols that train in steps
 }
 STEP_FLAGS = ("epochs", "batch_size", "lr")
 CONFIG_FLAGS = ("dataset", "data_dir", "image_size", *STEP_FLAGS, "seed", "device")
-FLOORS = {"random weights": ["--random-init"], "raw pixels": ["--features", "pixels"]}
 L2_GRID = [10.0**-k for k in range(1, 9)]  # from strong to weak
 
 # Images uint8 [n,3,H,W] and labels int64 [n], the same of the test, names of the classes.
@@ -76,16 +73,15 @@ Labelled = collections.namedtuple("Labelled", "images labels test_images test_la
 progress = functools.partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
+@torch.inference_mode()
 def outputs(function, images, size, device):
     """function(x float [B,3,size,size]) of uint8 images [n,3,H,W] -> float32 [n,...] on the CPU."""
     found = []
     batch = 64 if device.type == "cpu" else 1024  # a CPU is fastest where its cache holds a batch
-    with torch.inference_mode(), progress(total=len(images), desc="images", unit="img") as bar:
-        for part in images.split(batch):
-            x = randsac.normalize(part.to(device), size)
-            with randsac.autocast(device):
-                found.append(function(x).float().cpu())
-            bar.update(len(part))
+    for part in progress(images.split(batch), desc="images", unit="batch"):
+        x = randsac.normalize(part.to(device), size)
+        with randsac.autocast(device):
+            found.append(function(x).float().cpu())
     return torch.cat(found)
 
 
@@ -160,9 +156,8 @@ def linear(train, labels, test, classes, seed):
 
     # With it all training images are fitted.
     [(weight, bias)] = logistic_regression(x, y, classes, [best])
-    held_out_top1 = {f"{l2:.0e}": value for l2, value in top1.items()}
     scores = F.linear((test - mean) / deviation, weight, bias)
-    return scores, {"l2": best, "held_out_top1": held_out_top1}
+    return scores, {"l2": best, "held_out_top1": {f"{l2:.0e}": top1[l2] for l2 in top1}}
 
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
@@ -189,36 +184,27 @@ def weakly(images, labels, config, step):
     return randsac.augment(images, config.image_size, config.crop_scale, crops), labels
 
 
-def strong_augmentation(classes):
-    """-> a function like `weakly`, which also distorts and mixes. Its labels are soft, [B,C]."""
+def strongly(classes, images, labels, config, step):
+    """Like `weakly`, but also distorts and mixes: the labels that it gives are soft, [B,C]."""
+    # torchvision draws from the global generator, which here has its own stream in every step, and
+    # treats all images that it is given alike: so it is given 8 at a time.
+    torch.manual_seed(seeded("cpu", config.seed, 23, step).initial_seed())
     distort = v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR, fill=128)
+    images = torch.cat([distort(group) for group in images.split(8)])
+    x, labels = weakly(images, labels, config, step)
     erase = v2.RandomErasing(p=0.25, value="random")
+    x = torch.cat([erase(group) for group in x.split(8)])
+
+    # Two images become one, whose label says how much of each it is. No label is quite sure.
     mixup = v2.MixUp(alpha=0.8, num_classes=classes)
     cutmix = v2.CutMix(alpha=1.0, num_classes=classes)
-    mix = v2.RandomChoice([mixup, cutmix])
-
-    def strongly(images, labels, config, step):
-        # torchvision draws from the global generator, which here has its own stream in every step,
-        # and treats all images that it is given alike: so it is given 8 at a time.
-        torch.manual_seed(seeded("cpu", config.seed, 23, step).initial_seed())
-        images = torch.cat([distort(group) for group in images.split(8)])
-        x, labels = weakly(images, labels, config, step)
-        x = torch.cat([erase(group) for group in x.split(8)])
-
-        # Two images become one, whose label says how much of each it is. No label is quite sure.
-        x, target = mix(x, labels)  # [B,3,size,size], [B,C]
-        return x, 0.9 * target + 0.1 / classes
-
-    return strongly
+    x, target = v2.RandomChoice([mixup, cutmix])(x, labels)  # [B,3,size,size], [B,C]
+    return x, 0.9 * target + 0.1 / classes
 
 
-def drop_path(rate):
+def drop_path(rate, module, inputs, output):
     """Stochastic depth: a hook that, in training, leaves out a module for this share of images."""
-
-    def hook(module, inputs, output):
-        return stochastic_depth(output, rate, "row", module.training)
-
-    return hook
+    return stochastic_depth(output, rate, "row", module.training)
 
 
 def layer_groups(model, head, decay):
@@ -245,28 +231,27 @@ def descend(forward, optimizer, augmented, data, config, device):
     half = randsac.pick_precision("auto", device) == "float16"
     precision = "float32" if half else "auto"
 
-    with progress(total=steps * config.batch_size, desc="training", unit="img") as bar:
-        for step in range(steps):
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
-                shuffle = seeded("cpu", config.seed, 21, epoch)
-                order = torch.randperm(len(data.images), generator=shuffle).split(config.batch_size)
-            images = data.images[order[place]].to(device)
-            labels = data.labels[order[place]].to(device)
-            x, target = augmented(images, labels, config, step)
-            with randsac.autocast(device, precision):
-                loss = F.cross_entropy(forward(x), target)
+    bar = progress(range(steps), desc="training", unit="step")
+    for step in bar:
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            shuffle = seeded("cpu", config.seed, 21, epoch)
+            order = torch.randperm(len(data.images), generator=shuffle).split(config.batch_size)
+        images = data.images[order[place]].to(device)
+        labels = data.labels[order[place]].to(device)
+        x, target = augmented(images, labels, config, step)
+        with randsac.autocast(device, precision):
+            loss = F.cross_entropy(forward(x), target)
 
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = randsac.learning_rate(step, steps, config) * group["share"]
-            optimizer.step()
-            bar.update(config.batch_size)
-            if place + 1 == per_epoch:  # seldom, as the host waits for the device here
-                value = loss.item()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{value:.4f}", refresh=False)
-                check(math.isfinite(value), f"the loss is {value} in epoch {epoch + 1}: lower --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = randsac.learning_rate(step, steps, config) * group["share"]
+        optimizer.step()
+        if place + 1 == per_epoch:  # seldom, as the host waits for the device here
+            value = loss.item()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.4f}", refresh=False)
+            check(math.isfinite(value), f"the loss is {value} in epoch {epoch + 1}: lower --lr")
 
 
 def linear_sgd(model, data, config, device):
@@ -282,8 +267,7 @@ def linear_sgd(model, data, config, device):
         return head(encode(x)[:, 0])  # [B,3,H,W] -> [B,1,D] -> [B,C]
 
     # MAE's optimizer is LARS, for batches of 16384 images.
-    group = {"params": head.parameters(), "share": 1.0}
-    optimizer = torch.optim.SGD([group], momentum=0.9)
+    optimizer = torch.optim.SGD([{"params": head.parameters(), "share": 1.0}], momentum=0.9)
     descend(forward, optimizer, weakly, data, config, device)
 
     # In training the features of crops had mean 0 and deviation 1. Test images are whole: theirs get
@@ -303,68 +287,65 @@ def finetune(model, data, config, device, decay):
     for parameter in head[1].parameters():
         nn.init.zeros_(parameter)
     for layer, rate in zip(model.encoder, torch.linspace(0, 0.1, config.depth).tolist()):
-        layer.attention.register_forward_hook(drop_path(rate))
-        layer.mlp.register_forward_hook(drop_path(rate))
+        layer.attention.register_forward_hook(functools.partial(drop_path, rate))
+        layer.mlp.register_forward_hook(functools.partial(drop_path, rate))
 
     def forward(x):
         return head(model.encode_layers(x)[-1].mean(1))  # [B,3,H,W] -> [B,D] -> [B,C]
 
     optimizer = torch.optim.AdamW(layer_groups(model, head, decay), fused=True)
+    augmented = functools.partial(strongly, len(data.names))
     model.train()
-    descend(forward, optimizer, strong_augmentation(len(data.names)), data, config, device)
+    descend(forward, optimizer, augmented, data, config, device)
     model.eval()
     scores = outputs(forward, data.test_images, config.image_size, device)
     return scores, {"layer_decay": decay, "weight_decay": 0.05}
 
 
 # ------------------------------------------------------------------------------------------------
-# From scores to rows of probes.jsonl
+# From scores to rows of probes.jsonl, and the command line
 
 
-def accuracies(scores, labels, names):
-    """scores [m,C], labels [m] -> top1, top5 where there are more than 10 classes, and the top-1 of
-    each class that has test images."""
+def make_row(protocol, data, scores, settings):
+    """scores [m,C] of the test images -> a row: what was measured; top-1, top-5 where there are
+    more than 10 classes, and the top-1 of each class that has test images."""
     scores = scores.cpu()
+    labels = data.test_labels
     hits = scores.argmax(1) == labels
-    result = {"top1": percent(hits)}
-    if len(names) > 10:
-        result["top5"] = percent((scores.topk(5).indices == labels[:, None]).any(1))
+    row = {"protocol": protocol, "settings": settings, "top1": percent(hits)}
+    if len(data.names) > 10:
+        row["top5"] = percent((scores.topk(5).indices == labels[:, None]).any(1))
     tested = labels.unique().tolist()
-    result["per_class"] = {names[label]: percent(hits[labels == label]) for label in tested}
-    return result
+    row["per_class"] = {data.names[label]: percent(hits[labels == label]) for label in tested}
+    return row
 
 
 def measure(model, data, config, args, device):
-    """-> a row for each number that the protocol gives: what it is called, settings, accuracies."""
-
-    def row(protocol, scores, settings):
-        result = accuracies(scores, data.test_labels, data.names)
-        return {"protocol": protocol, "settings": settings, **result}
-
+    """-> a row for each number that the protocol gives."""
     if args.protocol == "linear-sgd":
-        return [row("linear-sgd", *linear_sgd(model, data, config, device))]
+        return [make_row("linear-sgd", data, *linear_sgd(model, data, config, device))]
     if args.protocol == "finetune":
         decay = 1.0 if args.from_scratch else 0.75
-        return [row("finetune", *finetune(model, data, config, device, decay))]
+        return [make_row("finetune", data, *finetune(model, data, config, device, decay))]
 
     # One pass gives the features of all depths that are asked for.
     depths = config.depth if args.protocol == "layers" else 1
     function = functools.partial(pooled, model, depths)
     size = config.image_size
     if args.features == "pixels":
-        function = nn.Flatten()
+        function = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, -1)))  # [B,3,H,W] -> [B,1,D]
         size = min(size, 32)  # the solver's time grows as the cube of the number of features
     place = device if device.type == "cuda" else "cpu"  # Apple's mps lacks the solver's float64
-    train = outputs(function, data.images, size, device).to(place)
-    test = outputs(function, data.test_images, size, device).to(place)
+    train = outputs(function, data.images, size, device).to(place)  # [n,depths,D]
+    test = outputs(function, data.test_images, size, device).to(place)  # [m,depths,D]
+    labels = data.labels.to(place)
+    classes = len(data.names)
+
     lin = []
     near = []
-    for k in range(depths):
-        x = train.view(len(train), depths, -1)[:, k]
-        x_test = test.view(len(test), depths, -1)[:, k]
-        known = (x, data.labels.to(place), x_test, len(data.names))
-        lin.append(row("linear", *linear(*known, config.seed)))
-        near.append(row("knn", *knn(*known)))
+    for x, x_test in zip(train.unbind(1), test.unbind(1)):
+        lin.append(make_row("linear", data, *linear(x, labels, x_test, classes, config.seed)))
+        near.append(make_row("knn", data, *knn(x, labels, x_test, classes)))
     if args.protocol == "linear":
         return [lin[0], near[0]]
     layers = [found["top1"] for found in lin]
@@ -398,8 +379,8 @@ def find_floors(path, row):
 
 
 def show(row, floors):
-    for k, (lin, near) in enumerate(zip(row.get("layers", []), row.get("layers_knn", []))):
-        print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {near:6.2f} %  " + "#" * round(lin / 2))
+    for k, lin in enumerate(row.get("layers", [])):
+        print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {row['layers_knn'][k]:6.2f} %")
     words = f"{row['protocol']}: top-1 {row['top1']:.2f} %"
     if "top5" in row:
         words += f", top-5 {row['top5']:.2f} %"
@@ -411,35 +392,32 @@ def show(row, floors):
 
 def next_command(args, floors):
     """-> what to run after this probe."""
-    flags = []
-    for name, value in given(args, CONFIG_FLAGS).items():
-        flags += [randsac.flag_name(name), value]
-    following = []
-    if args.protocol == "linear":
-        following = [FLOORS[name] for name in FLOORS if name not in floors]
-        following.append(["--protocol", "layers"])
+    if args.protocol == "linear" and "random weights" not in floors:
+        following = ["--random-init"]
+    elif args.protocol == "linear" and "raw pixels" not in floors:
+        following = ["--features", "pixels"]
+    elif args.protocol == "linear":
+        following = ["--protocol", "layers"]
     elif args.protocol == "finetune" and not args.from_scratch:
-        following = [["--protocol", "finetune", "--from-scratch"]]
-    if following:
-        return randsac.command_line("probe.py", args.checkpoint, *following[0], *flags)
-    return randsac.command_line("visualize.py", "all", "--checkpoint", args.checkpoint)
-
-
-# ------------------------------------------------------------------------------------------------
-# Command line
+        following = ["--protocol", "finetune", "--from-scratch"]
+    else:
+        return randsac.command_line("visualize.py", "all", "--checkpoint", args.checkpoint)
+    for name, value in args.given.items():
+        following += [randsac.flag_name(name), value]
+    return randsac.command_line("probe.py", args.checkpoint, *following)
 
 
 def read_arguments(arguments):
+    """-> args; args.given holds, of the flags that are fields of Config, those that were given."""
     form = argparse.RawDescriptionHelpFormatter
     parser = randsac.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
     protocols = ["linear", "layers", *RECIPES]
-    words = "pixels: a floor of linear; the image itself, brought to at most 32 x 32"
     add("checkpoint", type=randsac.user_path, help="checkpoint.pt of a run; rows go beside it")
     add("--protocol", choices=protocols, default="linear", help="see above (default: linear)")
     add("--random-init", action="store_true", help="a floor: random weights, not the trained ones")
     add("--from-scratch", action="store_true", help="finetune from random weights")
-    add("--features", choices=["encoder", "pixels"], default="encoder", help=words)
+    add("--features", choices=["encoder", "pixels"], default="encoder", help="pixels: see above")
     add("--dataset", choices=randsac.DATASETS, help="probe on other images than the checkpoint's")
     add("--data-dir", metavar="X", help="where they are or go (default: as in training, or data)")
     add("--image-size", type=int, metavar="X", help="side of an image (default: as in training)")
@@ -449,12 +427,14 @@ def read_arguments(arguments):
     add("--seed", type=int, metavar="X", help="seed of everything random (default: 0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (default: auto)")
     args = parser.parse_args(arguments)
+    settings = {name: vars(args)[name] for name in CONFIG_FLAGS}
+    args.given = {name: value for name, value in settings.items() if value is not None}
 
     # Every flag acts or is refused.
     tuned = args.protocol == "finetune"
     check(tuned or not args.from_scratch, "--from-scratch is for finetune: give --random-init")
     check(not tuned or not args.random_init, "--random-init: with finetune give --from-scratch")
-    steps = args.protocol in RECIPES or not given(args, STEP_FLAGS)
+    steps = args.protocol in RECIPES or args.given.keys().isdisjoint(STEP_FLAGS)
     check(steps, "--epochs, --batch-size and --lr are for linear-sgd and finetune: leave them out")
     single = args.protocol == "linear-sgd" and args.batch_size == 1
     check(not single, "--batch-size must be 2 or more: features are standardized over a batch")
@@ -466,20 +446,23 @@ def read_arguments(arguments):
     return args
 
 
-def given(args, names):
-    """-> {name: value} of the flags that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def probe_config(trained, args):
-    """The checkpoint's Config -> the probe's: which images, how linear-sgd and finetune train."""
+def prepare(args):
+    """-> what the checkpoint holds, the probe's Config (which images, how linear-sgd and finetune
+    train), and the model: the checkpoint's, or one that never saw an image."""
+    saved, trained = randsac.load_checkpoint(args.checkpoint)
     # An image that is not cut in segments may have any size that the patch size divides.
     settings = {"segments": "patch", "hierarchy": (), "last_rank": 0, "seed": 0, "device": "auto"}
     if args.dataset not in (None, trained.dataset):
         settings["data_dir"] = None  # Config's default
     settings.update(RECIPES.get(args.protocol, {}))
-    settings.update(given(args, CONFIG_FLAGS))
-    return dataclasses.replace(trained, **settings)
+    settings.update(args.given)
+    config = dataclasses.replace(trained, **settings)
+
+    torch.manual_seed(config.seed)
+    model = randsac.RandSAC(trained)
+    if not args.random_init and not args.from_scratch:
+        model.load_state_dict(saved["model"])
+    return saved, config, model.eval().requires_grad_(args.protocol == "finetune")
 
 
 def load_labelled(config):
@@ -492,37 +475,26 @@ def load_labelled(config):
     return Labelled(images, labels, test_images, test_labels, names)
 
 
-def make_model(saved, trained, args, seed):
-    """-> the checkpoint's model, or one that never saw an image."""
-    torch.manual_seed(seed)
-    model = randsac.RandSAC(trained)
-    if not (args.random_init or args.from_scratch):
-        model.load_state_dict(saved["model"])
-    return model.eval().requires_grad_(args.protocol == "finetune")
-
-
 def main(arguments):
     started = time.perf_counter()
     args = read_arguments(arguments)
-    saved, trained = randsac.load_checkpoint(args.checkpoint)
-    config = probe_config(trained, args)
+    saved, config, model = prepare(args)
     path = args.checkpoint.with_name("probes.jsonl")
     place = path if path.exists() else path.parent
     check(os.access(place, os.W_OK), f"{place} cannot be written to: copy the checkpoint elsewhere")
     device = randsac.pick_device(config.device)
-    model = make_model(saved, trained, args, config.seed).to(device)
     data = load_labelled(config)
 
-    for row in measure(model, data, config, args, device):
+    about = {name: getattr(config, name) for name in ("dataset", "data_dir", "image_size", "seed")}
+    about["features"] = args.features
+    about["random_init"] = args.random_init or args.from_scratch
+    about["checkpoint"] = args.checkpoint.name
+    about["sha256"] = saved["sha256"]
+    about["step"] = saved.get("step")
+    for row in measure(model.to(device), data, config, args, device):
         for name in RECIPES.get(args.protocol, {}):
             row["settings"][name] = getattr(config, name)
-        for name in ("dataset", "data_dir", "image_size", "seed"):
-            row[name] = getattr(config, name)
-        row["features"] = args.features
-        row["random_init"] = args.random_init or args.from_scratch
-        row["checkpoint"] = args.checkpoint.name
-        row["sha256"] = saved["sha256"]
-        row["step"] = saved.get("step")
+        row.update(about)
         row["seconds"] = round(time.perf_counter() - started, 1)
         add_row(path, row)
         floors = find_floors(path, row)

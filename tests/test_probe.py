@@ -67,9 +67,7 @@ def prepared(protocol, checkpoint, *flags):
     """What main prepares before it measures: model, data, config, arguments."""
     words = [checkpoint, "--protocol", protocol, "--device", "cpu", *flags]
     args = probe.read_arguments([str(word) for word in words])
-    saved, trained = randsac.load_checkpoint(checkpoint)
-    config = probe.probe_config(trained, args)
-    model = probe.make_model(saved, trained, args, config.seed)
+    _, config, model = probe.prepare(args)
     return model, probe.load_labelled(config), config, args
 
 
@@ -79,14 +77,14 @@ def all_scores(protocol, checkpoint, *flags, change=None):
     if change:
         data = change(data)
     seen = []
-    original = probe.accuracies
+    original = probe.make_row
 
-    def accuracies(scores, labels, names):
+    def make_row(protocol, data, scores, settings):
         seen.append(scores)
-        return original(scores, labels, names)
+        return original(protocol, data, scores, settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "accuracies", accuracies)
+        patch.setattr(probe, "make_row", make_row)
         probe.measure(model, data, config, args, CPU)
     return model, seen
 
@@ -415,8 +413,8 @@ def test_crops_and_distortions_are_drawn_apart():
         patch.setattr(randsac, "augment", augment)
         patch.setattr(probe.v2, "RandAugment", lambda **_: distort)
         images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
-        strongly = probe.strong_augmentation(2)
-        strongly(images, torch.arange(8) % 2, micro(image_size=8, patch_size=2), step=0)
+        labels = torch.arange(8) % 2
+        probe.strongly(2, images, labels, micro(image_size=8, patch_size=2), step=0)
     assert len(drawn) == 2
     assert not torch.allclose(*drawn)
 
@@ -562,13 +560,12 @@ def undistorted(monkeypatch):
 
 def test_mixup_and_cutmix_take_turns_and_labels_say_what_is_seen(undistorted, monkeypatch):
     monkeypatch.setattr(probe.v2, "RandomErasing", lambda **_: torch.nn.Identity())
-    strongly = probe.strong_augmentation(2)
     labels = torch.tensor([0, 1] * 8)
     images = (255 * labels)[:, None, None, None].expand(-1, 3, 16, 16).to(torch.uint8)
     cut = []
     mixed = []
     for step in range(60):
-        x, target = strongly(images, labels, micro(image_size=16), step)
+        x, target = probe.strongly(2, images, labels, micro(image_size=16), step)
         assert x.shape == (16, 3, 16, 16)
         assert torch.allclose(target.sum(1), torch.ones(16))
         # A bright image is of the second class, a mixture as much so as it is bright.
@@ -585,12 +582,11 @@ def test_mixup_and_cutmix_take_turns_and_labels_say_what_is_seen(undistorted, mo
 
 def test_one_image_in_four_is_erased_in_part_by_noise(undistorted, monkeypatch):
     # Images of one shade and one class: mixing them changes nothing, but where two differ.
-    strongly = probe.strong_augmentation(2)
     images = torch.full((64, 3, 16, 16), 90, dtype=torch.uint8)
     labels = torch.zeros(64, dtype=torch.int64)
     areas = []
     for step in range(30):
-        x, _ = strongly(images, labels, micro(image_size=16), step)
+        x, _ = probe.strongly(2, images, labels, micro(image_size=16), step)
         changed = (x - x.flatten().mode().values).abs().amax(1) > 1e-3  # [64,16,16]
         groups = changed.view(8, 8, 16, 16)[:, 4]  # far from the neighbours that it is mixed with
         areas += groups.float().mean((1, 2)).tolist()
@@ -605,8 +601,7 @@ def test_each_eight_images_are_distorted_in_a_way_of_their_own(monkeypatch):
     monkeypatch.setattr(randsac, "augment", lambda images, *_: images.float())
     monkeypatch.setattr(probe.v2, "RandomErasing", lambda **_: torch.nn.Identity())
     one = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    strongly = probe.strong_augmentation(2)
-    x, _ = strongly(one.repeat(64, 1, 1, 1), torch.arange(64) % 2, micro(), step=5)
+    x, _ = probe.strongly(2, one.repeat(64, 1, 1, 1), torch.arange(64) % 2, micro(), step=5)
     groups = x.view(8, 8, -1)[:, 1:]  # the first is mixed with one of another group
     assert torch.allclose(groups, groups[:, :1], atol=1e-2)
     assert len(groups[:, 0].round().unique(dim=0)) > 4
@@ -614,10 +609,9 @@ def test_each_eight_images_are_distorted_in_a_way_of_their_own(monkeypatch):
 
 def test_strong_augmentation_is_the_same_in_the_same_step():
     images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
-    strongly = probe.strong_augmentation(2)
     labels = torch.arange(16) % 2
     config = micro(image_size=8, patch_size=2)
-    once, again, other = (strongly(images, labels, config, step) for step in (7, 7, 8))
+    once, again, other = (probe.strongly(2, images, labels, config, step) for step in (7, 7, 8))
     assert torch.equal(once[0], again[0])
     assert torch.equal(once[1], again[1])
     assert not torch.equal(once[0], other[0])
@@ -759,8 +753,8 @@ def test_other_images_lie_where_the_flags_say_or_where_training_would_look(
 ):
     def config_of(*flags):
         args = probe.read_arguments([str(word) for word in (checkpoint, *flags)])
-        _, trained = randsac.load_checkpoint(checkpoint)
-        return probe.probe_config(trained, args)
+        _, config, _ = probe.prepare(args)
+        return config
 
     assert config_of().data_dir == str(image_folder)
     assert config_of("--dataset", "folder").data_dir == str(image_folder)
@@ -775,11 +769,13 @@ def test_top5_counts_where_there_are_more_than_ten_classes():
     scores = torch.eye(12) + torch.linspace(0.5, 0, 12)
     labels = torch.tensor([0, 1, 2, 3, 11, 3, 3, 3, 3, 3, 3, 3])
     names = [f"c{i}" for i in range(12)]
-    result = probe.accuracies(scores, labels, names)
+    data = probe.Labelled(None, None, None, labels, names)
+    result = probe.make_row("linear", data, scores, {})
     assert result["top1"] == round(100 * 4 / 12, 2)
     assert result["top5"] == round(100 * 11 / 12, 2)
     assert result["per_class"] == {"c0": 100, "c1": 100, "c2": 100, "c3": 12.5, "c11": 0}
-    assert "top5" not in probe.accuracies(scores[:, :10], labels.clamp(max=9), names[:10])
+    fewer = probe.Labelled(None, None, None, labels.clamp(max=9), names[:10])
+    assert "top5" not in probe.make_row("linear", fewer, scores[:, :10], {})
 
 
 def test_a_smaller_checkpoint_in_half_precision_will_do(checkpoint):
