@@ -63,8 +63,7 @@ RECIPES = {  # of the protocols that train in steps
     "linear-sgd": {"epochs": 90, "batch_size": 256, "lr": 0.1, "warmup": 10 / 90},
     "finetune": {"epochs": 100, "batch_size": 256, "lr": 1e-3, "warmup": 0.05},
 }
-STEP_FLAGS = ("epochs", "batch_size", "lr")
-CONFIG_FLAGS = ("dataset", "data_dir", "image_size", *STEP_FLAGS, "seed", "device")
+CONFIG_FLAGS = ("dataset", "data_dir", "image_size", "epochs", "batch_size", "lr", "seed", "device")
 L2_GRID = [10.0**-k for k in range(1, 9)]  # from strong to weak
 
 # Images uint8 [n,3,H,W] and labels int64 [n], the same of the test, names of the classes.
@@ -270,8 +269,8 @@ def linear_sgd(model, data, config, device):
     optimizer = torch.optim.SGD([{"params": head.parameters(), "share": 1.0}], momentum=0.9)
     descend(forward, optimizer, weakly, data, config, device)
 
-    # In training the features of crops had mean 0 and deviation 1. Test images are whole: theirs get
-    # them by the statistics of whole training images, in place of those gathered on crops.
+    # In training the features of crops had mean 0 and deviation 1. Test images are whole: they get
+    # the statistics of whole training images, in place of those gathered on crops.
     features = outputs(encode, data.images, config.image_size, device)[:, 0].to(device)  # [n,D]
     norm.running_mean = features.mean(0)
     norm.running_var = features.var(0)
@@ -353,18 +352,17 @@ def measure(model, data, config, args, device):
     return [{**lin[-1], "protocol": "layers", "layers": layers, "layers_knn": layers_knn}]
 
 
-def add_row(path, row):
-    """Adds a row in a single write: of two probes at once, none overwrites the other's."""
-    line = json.dumps(row) + "\n"
+def report(path, row):
+    """Adds a row to probes.jsonl and prints it -> its floors {name: top-1}: rows that learned
+    nothing before, by the same protocol, on the same images."""
+    # A single write: of two probes at once, none overwrites the other's.
+    added = json.dumps(row) + "\n"
     if path.exists() and not path.read_bytes().endswith(b"\n"):
-        line = "\n" + line  # the row before was cut off, as by a full disk
+        added = "\n" + added  # the row before was cut off, as by a full disk
     with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+        file.write(added.encode())
 
-
-def find_floors(path, row):
-    """-> {name: top-1} of the rows that learned nothing before, by this row's protocol, on its
-    images. A row that was cut off is skipped."""
+    # A row that was cut off is no floor.
     same = ("protocol", "dataset", "data_dir", "image_size", "checkpoint")
     floors = {}
     for line in path.read_text().splitlines():
@@ -375,10 +373,8 @@ def find_floors(path, row):
                     floors["raw pixels"] = other["top1"]
                 elif other["random_init"]:
                     floors["random weights"] = other["top1"]
-    return floors
 
-
-def show(row, floors):
+    # What was measured; beside a trained encoder's number those of its floors.
     for k, lin in enumerate(row.get("layers", [])):
         print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {row['layers_knn'][k]:6.2f} %")
     words = f"{row['protocol']}: top-1 {row['top1']:.2f} %"
@@ -388,6 +384,7 @@ def show(row, floors):
         for name, top1 in floors.items():
             words += f", from {name} {top1:.2f} %"
     print(words)
+    return floors
 
 
 def next_command(args, floors):
@@ -434,7 +431,7 @@ def read_arguments(arguments):
     tuned = args.protocol == "finetune"
     check(tuned or not args.from_scratch, "--from-scratch is for finetune: give --random-init")
     check(not tuned or not args.random_init, "--random-init: with finetune give --from-scratch")
-    steps = args.protocol in RECIPES or args.given.keys().isdisjoint(STEP_FLAGS)
+    steps = args.protocol in RECIPES or args.given.keys().isdisjoint(RECIPES["finetune"])
     check(steps, "--epochs, --batch-size and --lr are for linear-sgd and finetune: leave them out")
     single = args.protocol == "linear-sgd" and args.batch_size == 1
     check(not single, "--batch-size must be 2 or more: features are standardized over a batch")
@@ -496,9 +493,7 @@ def main(arguments):
             row["settings"][name] = getattr(config, name)
         row.update(about)
         row["seconds"] = round(time.perf_counter() - started, 1)
-        add_row(path, row)
-        floors = find_floors(path, row)
-        show(row, floors)
+        floors = report(path, row)
     print(f"in {row['seconds']} s, added to {path}")
     print("next:", next_command(args, floors))
 
