@@ -466,8 +466,7 @@ def load_labelled(config):
     """-> Labelled. UserError where images are missing that a probe needs."""
     images, labels, names = randsac.load_images(config, train=True)
     test_images, test_labels, _ = randsac.load_images(config, train=False)
-    several = len(labels.unique()) > 1
-    check(several, f"all images of {config.data_dir} are of one class: a probe needs two or more")
+    check(len(labels.unique()) > 1, f"{config.data_dir} has one class: a probe needs two or more")
     check(len(test_labels), f"{config.data_dir} has no test images: put some in test/CLASS/")
     return Labelled(images, labels, test_images, test_labels, names)
 
