@@ -230,7 +230,7 @@ def descend(forward, optimizer, augmented, data, config, device):
     half = randsac.pick_precision("auto", device) == "float16"
     precision = "float32" if half else "auto"
 
-    bar = progress(range(steps), desc="training", unit="step")
+    bar = progress(range(steps), desc="training", unit="img", unit_scale=config.batch_size)
     for step in bar:
         epoch, place = divmod(step, per_epoch)
         if place == 0:
