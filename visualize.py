@@ -935,6 +935,8 @@ def main(arguments):
     if everything:
         save(index, out / "index.html")
         print(f"next: open {out / 'index.html'} in a browser")
+    elif "explore" in names:
+        print(f"next: open {out / 'explore.html'} in a browser")
     else:
         following = "all" if model else "explore"
         print("next:", randsac.command_line("visualize.py", following, *flag_words(flags)))

@@ -857,6 +857,8 @@ def test_the_next_command_can_be_pasted(run, tmp_path, monkeypatch, capsys):
     draw("segments", "--segments", "blob", "--hierarchy", 7, 3)
     line = capsys.readouterr().out.splitlines()[-1]
     draw(*shlex.split(line.partition("next: ")[2])[2:])
+    place = os.path.join("figures", "explore.html")
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: open {place} in a browser"
     page = (tmp_path / "figures" / "explore.html").read_text(encoding="utf-8")
     assert embedded(page)["strategies"][-1]["name"] == "yours: blob 7 -> 3"
 
