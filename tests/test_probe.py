@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import sys
@@ -28,14 +29,7 @@ PROTOCOLS = [
     ("linear-sgd", ("--epochs", 2)),
     ("finetune", ("--epochs", 2)),
 ]
-OWN_USE = """
-import randsac, torch
-
-model, config = randsac.load_model("assets/nano-cifar10/checkpoint.pt")
-images = torch.stack([torch.tensor(randsac.decode_image(path, 32)) for path in ["a.jpg", "b.jpg"]])
-with torch.no_grad():
-    features = model.encode(randsac.normalize(images, 32)).mean(1)  # [2,128]
-"""
+OWN_USE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
 @pytest.fixture(scope="session")
