@@ -352,17 +352,18 @@ def measure(model, data, config, args, device):
     return [{**lin[-1], "protocol": "layers", "layers": layers, "layers_knn": layers_knn}]
 
 
-def report(path, row):
-    """Adds a row to probes.jsonl and prints it -> its floors {name: top-1}: rows that learned
-    nothing before, by the same protocol, on the same images."""
-    # A single write: of two probes at once, none overwrites the other's.
+def add_row(path, row):
+    """Adds a row in a single write: of two probes at once, none overwrites the other's."""
     added = json.dumps(row) + "\n"
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         added = "\n" + added  # the row before was cut off, as by a full disk
     with open(path, "ab", buffering=0) as file:
         file.write(added.encode())
 
-    # A row that was cut off is no floor.
+
+def find_floors(path, row):
+    """-> {name: top-1} of the rows that learned nothing before, by this row's protocol, on its
+    images. A row that was cut off is skipped."""
     same = ("protocol", "dataset", "data_dir", "image_size", "checkpoint")
     floors = {}
     for line in path.read_text().splitlines():
@@ -373,8 +374,11 @@ def report(path, row):
                     floors["raw pixels"] = other["top1"]
                 elif other["random_init"]:
                     floors["random weights"] = other["top1"]
+    return floors
 
-    # What was measured; beside a trained encoder's number those of its floors.
+
+def show(row, floors):
+    """Prints what was measured; beside a trained encoder's number those of its floors."""
     for k, lin in enumerate(row.get("layers", [])):
         print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {row['layers_knn'][k]:6.2f} %")
     words = f"{row['protocol']}: top-1 {row['top1']:.2f} %"
@@ -384,7 +388,6 @@ def report(path, row):
         for name, top1 in floors.items():
             words += f", from {name} {top1:.2f} %"
     print(words)
-    return floors
 
 
 def next_command(args, floors):
@@ -492,7 +495,9 @@ def main(arguments):
             row["settings"][name] = getattr(config, name)
         row.update(about)
         row["seconds"] = round(time.perf_counter() - started, 1)
-        floors = report(path, row)
+        add_row(path, row)
+        floors = find_floors(path, row)
+        show(row, floors)
     print(f"in {row['seconds']} s, added to {path}")
     print("next:", next_command(args, floors))
 

@@ -358,7 +358,7 @@ def arrow(image, start, end, colour, edge):
 def traversal(partitions, ranks, width):
     """Partitions and ranks [N] -> a map with arrows from segment to segment, and how often they
     leave a partition."""
-    # A hue for each partition, lighter for later segments.
+    # One of seven hues for each partition, lighter for later segments.
     grid = as_grid(ranks)
     hues = blend(as_grid(partitions) % 7 / 6, HUES[3:]).float()
     late = grid[..., None] / max(1, grid.max())
@@ -578,8 +578,9 @@ def draw_attention(model, image, ranks, token=None):
     # A map of each head and layer, with the mask and without it.
     here = as_grid(torch.arange(N) == token)
     source = randsac.attention_masks(ranks)[0]  # [N,N]
+    everything = torch.ones_like(source)
     panels = []
-    for words, mask in (("masked: pre-training", source), ("not masked: probing", source | True)):
+    for words, mask in (("masked: pre-training", source), ("not masked: probing", everything)):
         maps = []
         for weights in attention_weights(model, image, mask)[:, :, token].flatten(0, 1):  # [N]
             cells = reveal(blend(as_grid(weights / weights.max())), as_grid(mask[token]))
@@ -697,7 +698,7 @@ def explorer_data(config, model, name, images, ranks, labels):
         own = config
     data = {"strategies": [], "image": data_uri(photos(images[:1])[0]), "model": None}
     sizes = ("dim", "depth", "decoder_depth", "patch_size")
-    data["size"] = {name: getattr(own, name) for name in sizes}
+    data["size"] = {size: getattr(own, size) for size in sizes}
     for i, (title, settings) in enumerate(strategies.items()):
         strategy = Config(**settings)
         orders = sample_ranks(strategy, 8, generator=seeded("cpu", own.seed, i))
@@ -742,7 +743,6 @@ SHOWN = 128  # images at most: the first few for pictures, all for loss-by-rank
 INDEX = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>RandSAC</title>
 <style>body { max-width: 50em; margin: auto; font-family: sans-serif } img { width: 100% }</style>
-<p><a href="explore.html">Orders and masks, to play with</a></p>
 """
 
 
@@ -929,7 +929,9 @@ def main(arguments):
             print(f"skipped {name}: {error}")
             continue
         save(picture, path)
-        if name != "explore":
+        if name == "explore":
+            index += f'<p><a href="{path.name}">Orders and masks, to play with</a></p>\n'
+        else:
             index += f'<img src="{path.name}" alt="{name}">\n'
 
     if everything:

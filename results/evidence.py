@@ -156,9 +156,11 @@ def run_one(job, data_dir, lock):
     log = LOGS / f"{job}.jsonl"
     try:
         own(lock, f"{job}: skipped, another process is at it")
-        check(not log.exists(), f"{job}: done")
-    except UserError as reason:
-        print(reason, flush=True)
+    except UserError as busy:
+        print(busy, flush=True)
+        return
+    if log.exists():
+        print(f"{job}: done", flush=True)
         return
 
     # Go on with the run, or begin: anew where it was cut off before its first checkpoint.
@@ -417,7 +419,8 @@ def report():
     # Only now, when all has been read and holds, anything is written.
     cost = costs()
     text = "\n".join(describe(runs, missing, cost, floors))
-    draw_evidence(runs, cost, floors).save(PICTURE)
+    picture = draw_evidence(runs, cost, floors)
+    write_whole(PICTURE, lambda file: picture.save(file, "png"))
     page = f"{before}{BEGIN}\n{text}\n{END}{after}"
     write_whole(README, lambda file: file.write(page.encode()))
     print(text)
