@@ -1,6 +1,7 @@
 """What the tests share. `pytest` runs the quick ones, `pytest -m long` those that take minutes,
 `pytest -m bench -s` the timings."""
 
+import gc
 import multiprocessing
 import os
 import shlex
@@ -39,6 +40,11 @@ def pytest_configure(config):
     for number in range(1, 8):
         meaning = f"grades exercise {number} of the assignment alone"
         config.addinivalue_line("markers", f"exercise{number}: {meaning}")
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what torch and pytest hold stays: not to look through it again saves seconds
+    gc.set_threshold(50_000)
 
 
 def pytest_collection_modifyitems(config, items):
