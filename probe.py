@@ -449,7 +449,7 @@ def read_arguments(arguments):
 def prepare(args):
     """-> what the checkpoint holds, the probe's Config (which images, how linear-sgd and finetune
     train), and the model: the checkpoint's, or one that never saw an image."""
-    saved, trained = randsac.load_checkpoint(args.checkpoint)
+    saved, model, trained = randsac.load_checkpoint(args.checkpoint)
     # An image that is not cut in segments may have any size that the patch size divides.
     settings = {"segments": "patch", "hierarchy": (), "last_rank": 0, "seed": 0, "device": "auto"}
     if args.dataset not in (None, trained.dataset):
@@ -458,11 +458,10 @@ def prepare(args):
     settings.update(args.given)
     config = dataclasses.replace(trained, **settings)
 
-    torch.manual_seed(config.seed)
-    model = randsac.RandSAC(trained)
-    if not args.random_init and not args.from_scratch:
-        model.load_state_dict(saved["model"])
-    return saved, config, model.eval().requires_grad_(args.protocol == "finetune")
+    if args.random_init or args.from_scratch:
+        torch.manual_seed(config.seed)
+        model = randsac.RandSAC(trained).eval()
+    return saved, config, model.requires_grad_(args.protocol == "finetune")
 
 
 def load_labelled(config):

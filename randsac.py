@@ -662,14 +662,9 @@ def load_images(config, train):
         return load_folder(Path(config.data_dir), config.image_size, train)
 
     cifar = getattr(torchvision.datasets, config.dataset.upper())
-    archive = Path(config.data_dir, cifar.filename)
-    own_archive = archive.exists()
     try:
         data = cifar(config.data_dir, train, download=True)
     except Exception as error:  # whatever the network did; torchvision checks the archive's sum
-        if not own_archive:
-            with contextlib.suppress(OSError):
-                archive.unlink()
         mend = f"put {cifar.filename} in {config.data_dir}/ yourself, or use --dataset shapes"
         raise UserError(f"{cifar.url} cannot be had ({error}): {mend}") from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # [n,3,32,32]
@@ -816,16 +811,25 @@ def load_folder(root, size, train):
     place.mkdir(parents=True, exist_ok=True)
     kind = f"{'train' if train else 'test'}-{size}"
     cache = place / f"{kind}-{key}.npy"
-    with contextlib.suppress(Exception):  # not there, or damaged in one of many ways
-        images = np.load(cache, mmap_mode="c")
+    images = map_images(cache, shape)
+    if images is None:
+        with open(place / "lock", "w") as lock:
+            own(lock, f"another process decodes {root}: this one waits for it", wait=True)
+            images = map_images(cache, shape)  # what that process has decoded
+            if images is None:
+                for old in place.glob(f"{kind}-*"):
+                    old.unlink()
+                write_whole(cache, lambda file: decode_all(files, size, file))
+                images = map_images(cache, shape)
+    return images, labels, classes
+
+
+def map_images(path, shape):
+    """-> decoded images uint8, mapped from disk; None where they are missing or damaged."""
+    with contextlib.suppress(Exception):  # of many kinds
+        images = np.load(path, mmap_mode="c")
         if images.shape == shape and images.dtype == np.uint8:
-            return torch.from_numpy(images), labels, classes
-    with open(place / "lock", "w") as lock:
-        own(lock, f"another process decodes {root}: wait for it, then start this one again")
-        for old in place.glob(f"{kind}-*"):
-            old.unlink()
-        write_whole(cache, lambda file: decode_all(files, size, file))
-    return torch.from_numpy(np.load(cache, mmap_mode="c")), labels, classes
+            return torch.from_numpy(images)
 
 
 def decode_all(paths, size, file):
@@ -1025,19 +1029,23 @@ def write_whole(path, write):
         part.unlink(missing_ok=True)
 
 
-def own(file, message):
-    """Makes this process the file's one owner until it closes it or ends, however it ends."""
+def own(file, message, wait=False):
+    """Makes this process the file's one owner until it closes it or ends, however it ends. Where
+    another process is: UserError or, with `wait`, a line and patience."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(message) from error
+        if not wait:
+            raise UserError(message) from error
+        print(message)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except (OSError, AttributeError):  # some file systems have no locks, nor has Windows
         pass
 
 
 def load_checkpoint(path):
-    """-> what was saved, with the file's sha256, and its Config. UserError where the file is
-    damaged, no checkpoint, of another version, or does not fit its own configuration."""
+    """-> what was saved, with the file's sha256; the model, in eval mode on the CPU; its Config.
+    UserError where the file is damaged, no checkpoint, or of another version."""
     try:
         content = Path(path).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -1047,19 +1055,18 @@ def load_checkpoint(path):
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         saved["sha256"] = hashlib.sha256(content).hexdigest()
         config = Config(**saved["config"])
-        RandSAC(config).load_state_dict(saved["model"])
+        model = RandSAC(config).eval()
+        model.load_state_dict(saved["model"])
     except Exception as error:  # a damaged archive raises many kinds
         words = " ".join(str(error).split())[:300]
         raise UserError(f"{path} is not a whole checkpoint of this version: {words}") from error
-    return saved, config
+    return saved, model, config
 
 
 def load_model(path):
     """Checkpoint -> model in eval mode on the CPU, its Config. UserError as in load_checkpoint."""
-    saved, config = load_checkpoint(path)
-    model = RandSAC(config)
-    model.load_state_dict(saved["model"])
-    return model.eval(), config
+    _, model, config = load_checkpoint(path)
+    return model, config
 
 
 def fingerprint(images):
@@ -1099,8 +1106,8 @@ def build(config, saved, device):
         start, before = load_model(config.init)
         sizes = ("patch_size", "dim", "depth", "heads", "decoder_depth", "skip")
         other = [name for name in sizes if getattr(config, name) != getattr(before, name)]
-        words = ", ".join(f"{name} {getattr(before, name)}" for name in other)
-        check(not other, f"the model that --init names has {words}: give it the same by its flags")
+        words = ", ".join(f"{flag_name(name)} {getattr(before, name)}" for name in other)
+        check(not other, f"the model that --init names has {words}: give this run the same")
         model.load_state_dict(start.state_dict())
     return model, optimizer, scaler
 
@@ -1358,7 +1365,7 @@ def read_flags(given):
 
     run = os.path.expanduser(given.pop("resume"))
     check(os.path.isdir(run), f"--resume takes the directory of a run, and {run} is none")
-    saved, config = load_checkpoint(Path(run, "checkpoint.pt"))
+    saved, _, config = load_checkpoint(Path(run, "checkpoint.pt"))
     whole = {"optimizer", "scaler", "rows", "images", "step", "world"} <= saved.keys()
     again = command_line("randsac.py", "--init", Path(run, "checkpoint.pt"))
     check(whole, f"{run} holds only a model: begin a run from it by {again}")

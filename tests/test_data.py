@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ import struct
 import tarfile
 import threading
 import zlib
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -566,13 +568,26 @@ def test_what_a_killed_run_left_in_the_cache_goes(cached):
     assert len(list(cache.parent.glob("*.npy"))) == 1
 
 
-def test_two_processes_do_not_decode_one_folder_at_once(cached):
+@pytest.mark.parametrize("other", ["decodes", "is killed"])
+def test_while_one_process_decodes_a_folder_another_waits(cached, monkeypatch, capsys, other):
+    """As the jobs of an array do, that start at once."""
     root, cache = cached
+    whole = cache.read_bytes()
     cache.unlink()
-    with open(cache.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process decodes" in refusal(root)
-    assert len(load(root)[0]) == 4
+    decoded = []
+    decode_all = randsac.decode_all
+    monkeypatch.setattr(randsac, "decode_all", lambda *given: decoded.append(decode_all(*given)))
+    with ThreadPool(1) as pool:
+        with open(cache.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = pool.apply_async(load, [root])
+            with pytest.raises(multiprocessing.TimeoutError):
+                waiting.get(0.5)
+            assert f"another process decodes {root}" in capsys.readouterr().out
+            if other == "decodes":
+                cache.write_bytes(whole)
+        assert len(waiting.get(30)[0]) == 4
+    assert len(decoded) == (other == "is killed")
 
 
 def test_a_full_disk_leaves_no_half_cache(tmp_path, monkeypatch):
@@ -681,10 +696,11 @@ FAULTS = ["no server", "404", "cut short", "wrong checksum", "data is a file", "
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failed_download_says_both_ways_on_and_leaves_nothing_that_looks_whole(
+def test_a_failed_download_says_both_ways_on_and_stands_in_no_later_one_s_way(
     cifar, tmp_path, monkeypatch, fault
 ):
     whole = cifar.read_bytes()
+    server = randsac.torchvision.datasets.CIFAR10.url
     data = tmp_path / "data"
     if fault == "no server":
         no_server(monkeypatch)
@@ -703,8 +719,14 @@ def test_a_failed_download_says_both_ways_on_and_leaves_nothing_that_looks_whole
     message = str(error.value)
     assert "\n" not in message
     assert cifar.name in message and "--dataset shapes" in message and str(data) in message
-    assert not (data / cifar.name).exists()
     assert not (data / "cifar-10-batches-py").exists()
+
+    # What came of the archive is no reason not to fetch it again.
+    if fault == "data is a file":
+        data.unlink()
+    monkeypatch.setattr(randsac.torchvision.datasets.CIFAR10, "url", server)
+    cifar.write_bytes(whole)
+    assert len(randsac.load_images(cifar_in(data), train=True)[0]) == 20
 
 
 # --- augmentation

@@ -621,7 +621,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(flags, tmp_path):
     out = tmp_path / "run"
     code, text = run([*flags, "--out", out, "--lr", 1e9], tmp_path / "log")
     one_line(code, text, "loss is nan at step", "--lr", "another run")
-    saved, _ = randsac.load_checkpoint(out / "checkpoint.pt")
+    saved, _, _ = randsac.load_checkpoint(out / "checkpoint.pt")
     assert all(torch.isfinite(p).all() for p in saved["model"].values())
     assert all(math.isfinite(row["loss"]) for row in rows(out))
 

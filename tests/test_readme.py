@@ -121,7 +121,7 @@ def test_paper_commands_make_a_configuration():
 
 def test_the_model_that_comes_with_the_project():
     path = ROOT / "assets/nano-cifar10/checkpoint.pt"
-    saved, config = randsac.load_checkpoint(path)
+    saved, _, config = randsac.load_checkpoint(path)
     assert path.stat().st_size < 5e6
     assert {value.dtype for value in saved["model"].values()} == {torch.float16}
     model, _ = randsac.load_model(path)

@@ -342,7 +342,7 @@ def test_auto_is_float32_on_a_cpu_and_the_choice_is_kept(tmp_path, image_folder)
     run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--out", out, "--max-steps", 1)
     assert json.loads((out / "config.json").read_text())["precision"] == "float32"
     # The checkpoint keeps the wish, as it may be resumed on another device.
-    assert randsac.load_checkpoint(out / "checkpoint.pt")[1].precision == "auto"
+    assert randsac.load_checkpoint(out / "checkpoint.pt")[2].precision == "auto"
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_a_run_in_half_precision_trains_and_resumes_bit_for_bit(
     run_here(*flags, "--out", tmp_path / "float32")
     assert not same_weights(tmp_path / "whole", tmp_path / "float32")
     assert json.loads((tmp_path / "whole/config.json").read_text())["precision"] == precision
-    saved, _ = randsac.load_checkpoint(tmp_path / "whole/checkpoint.pt")
+    saved, _, _ = randsac.load_checkpoint(tmp_path / "whole/checkpoint.pt")
     if precision == "float16":
         assert saved["scaler"]["scale"] > 0 and saved["scaler"]["_growth_tracker"] > 0
     else:
@@ -409,7 +409,7 @@ def test_a_run_in_half_precision_trains_and_resumes_bit_for_bit(
         code = run_here("--resume", tmp_path / "parts")
     assert rows(tmp_path / "parts")[-1]["step"] == 12
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    again, _ = randsac.load_checkpoint(tmp_path / "parts/checkpoint.pt")
+    again, _, _ = randsac.load_checkpoint(tmp_path / "parts/checkpoint.pt")
     assert again["scaler"] == saved["scaler"]
 
 
@@ -658,14 +658,14 @@ def test_resume_lets_the_images_move(finished, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "moved")
     given = ["--data-dir", tmp_path / "moved", "--device", "cpu", "--no-compile"]
     assert run_here("--resume", out, *given) == 0
-    assert randsac.load_checkpoint(out / "checkpoint.pt")[1].data_dir == str(tmp_path / "moved")
+    assert randsac.load_checkpoint(out / "checkpoint.pt")[2].data_dir == str(tmp_path / "moved")
 
 
 def test_a_moved_run_goes_on_where_it_lies_now(finished, tmp_path):
     out = copied(finished, tmp_path).rename(tmp_path / "moved run")
     before = (finished / "checkpoint.pt").read_bytes()
     assert run_here("--resume", out) == 0
-    assert randsac.load_checkpoint(out / "checkpoint.pt")[1].out == str(out)
+    assert randsac.load_checkpoint(out / "checkpoint.pt")[2].out == str(out)
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
@@ -691,7 +691,7 @@ def test_resume_of_what_is_no_run(finished, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
     # A checkpoint that holds a model alone, as the one that comes with the project.
-    saved, _ = randsac.load_checkpoint(finished / "checkpoint.pt")
+    saved, _, _ = randsac.load_checkpoint(finished / "checkpoint.pt")
     (tmp_path / "alone").mkdir()
     alone = {"config": saved["config"], "model": saved["model"]}
     torch.save(alone, tmp_path / "alone/checkpoint.pt")
@@ -783,7 +783,7 @@ def test_init_starts_from_the_weights_with_a_schedule_of_its_own(
     assert begins.pop("optimizer") == 0  # no memory of the run before
     assert all(torch.equal(begins[name], value) for name, value in weights(finished).items())
     assert [row["step"] for row in rows(out)] == [4, 8]
-    config = randsac.load_checkpoint(out / "checkpoint.pt")[1]
+    config = randsac.load_checkpoint(out / "checkpoint.pt")[2]
     assert rows(out)[-1]["lr"] == randsac.learning_rate(7, 8, config)
     assert config.target == "pixels" and not same_weights(finished, out)
 
