@@ -5,22 +5,18 @@
     python results/evidence.py speed                # images/s of each variant, some minutes
     python results/evidence.py report               # results/README.md and assets/evidence.png
 
-`run` calls randsac.py and probe.py as a user would. A run that has its log is skipped, one that was
-cut off goes on, and two of these commands side by side share the work (not on Windows).
+`run` does what randsac.py and probe.py do. A run that has its log is skipped, one that was cut off
+goes on, and two of these commands side by side share the work (not on Windows).
 """
 
 import argparse
-import contextlib
 import json
-import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 from statistics import mean, median, stdev, variance
-from subprocess import Popen, TimeoutExpired
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import probe
 import randsac
 from randsac import UserError, check, own, user_path, write_whole
 from visualize import DIM, GREY, HUES, Series, chart, column, sheet
@@ -38,7 +35,6 @@ README = ROOT / "results/README.md"
 PICTURE = ROOT / "assets/evidence.png"
 BEGIN = "<!-- evidence -->"
 END = "<!-- /evidence -->"
-PATIENCE = 3  # seconds that a stopped training has to save
 IMAGES = 50_000  # training images of CIFAR-10: a pass
 ROUNDS = 15  # of speed
 STEPS = 2  # of each variant in a round
@@ -125,25 +121,9 @@ def machine():
 # run
 
 
-def call(script, *arguments):
-    """`python SCRIPT ARGUMENTS`, as a user would. Stopped, it stops it."""
-    # close_fds: it inherits the lock of its job, so that an orphan keeps its run.
-    words = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    child = Popen(words, close_fds=False)
-    try:
-        code = child.wait()
-    finally:
-        # Ctrl-C has reached the child too, and a second signal would end it before it has saved.
-        with contextlib.suppress(TimeoutExpired):
-            child.wait(PATIENCE)
-        child.terminate()
-        child.wait()
-    check(code == 0, f"{script} ended with code {code}, see above: start again to go on")
-
-
-def probe(run, flags=""):
-    """-> top-1 % of LIN and of kNN."""
-    call("probe.py", run / "checkpoint.pt", *flags.split())
+def lin_and_knn(run, flags=""):
+    """Probes a run -> top-1 % of LIN and of kNN."""
+    probe.main([str(run / "checkpoint.pt"), *flags.split()])
     rows = read_rows(run / "probes.jsonl")
     top1 = {row["protocol"]: row["top1"] for row in rows}  # of earlier probes the last one counts
     return {"lin": top1["linear"], "knn": top1["knn"]}
@@ -151,8 +131,6 @@ def probe(run, flags=""):
 
 def run_one(job, data_dir, lock):
     """Trains, probes and logs, unless that is done or another process is at it."""
-    # The system frees the lock once this process and those that it started have ended.
-    os.set_inheritable(lock.fileno(), True)
     log = LOGS / f"{job}.jsonl"
     try:
         own(lock, f"{job}: skipped, another process is at it")
@@ -168,21 +146,22 @@ def run_one(job, data_dir, lock):
     run = RUNS / job
     name, seed = JOBS[job]
     flags = VARIANTS.get(name, "--max-steps 1")  # floors take no more of a run than its sizes
-    words = ["--resume", run]
+    words = ["--resume", str(run)]
     if not (run / "checkpoint.pt").exists():
         shutil.rmtree(run, ignore_errors=True)
-        words = [*f"{RECIPE} {flags} --seed {seed}".split(), "--out", run]
-    call("randsac.py", *words, "--data-dir", data_dir)
+        words = [*f"{RECIPE} {flags} --seed {seed}".split(), "--out", str(run)]
+    code = randsac.main([*words, "--data-dir", str(data_dir)])
+    check(code == 0, f"{job} was stopped: start again to go on")
 
     # Probe. What the log says first is how the run was made.
     if name == "floors":
-        rows = [{"floor": floor, **probe(run, floor)} for floor in FLOORS]
+        rows = [{"floor": floor, **lin_and_knn(run, floor)} for floor in FLOORS]
     else:
         settings = {"name": name, "flags": flags, "seed": seed, "recipe": RECIPE}
         settings |= {"data": data_dir.name, **machine()}
         end = read_rows(run / "metrics.jsonl")[-1]
-        results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"], **probe(run)}
-        rows = [settings, results]
+        results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"]}
+        rows = [settings, results | lin_and_knn(run)]
 
     # The log comes last: where there is one, the run is whole.
     write_rows(log, rows)
@@ -191,7 +170,6 @@ def run_one(job, data_dir, lock):
 
 def run_all(data_dir, only):
     check(data_dir.is_dir(), f"{data_dir} is not a folder: give --data-dir")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it stops them too
     RUNS.mkdir(parents=True, exist_ok=True)
     for job in JOBS:
         if JOBS[job][0] in only:

@@ -1,17 +1,13 @@
 """results/evidence.py: a run that is done is skipped, one cut off goes on, and the logs decide the
 verdicts."""
 
-import importlib
 import json
 import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -27,41 +23,6 @@ import evidence as ev
 
 MICRO = " ".join(MICRO_FLAGS + ["--epochs", "2"])  # 2 passes of 4 steps
 FLOPS = {}  # of what has been counted
-
-
-def child(script, arguments, delay):
-    torch.set_num_threads(1)
-    training_step = randsac.training_step
-
-    def slow_step(*args):
-        time.sleep(delay)
-        return training_step(*args)
-
-    randsac.training_step = slow_step
-    module = importlib.import_module(script)
-    module.L2_GRID = [0.01]  # so that LIN is fitted twice, not nine times
-    sys.argv = [script, *arguments]
-    randsac.run_command(module.main)
-
-
-class Forked:
-    """Stands for subprocess.Popen: the same command, in a fork of a process that has torch."""
-
-    started: ClassVar = []
-    delay = 0  # seconds that a step takes longer
-
-    def __init__(self, words, close_fds):
-        Forked.started.append(" ".join(words[1:]))
-        arguments = (Path(words[1]).stem, words[2:], self.delay)
-        self.process = forks.Process(target=child, args=arguments)
-        self.process.start()
-        self.terminate = self.process.terminate
-
-    def wait(self, timeout=None):
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired("child", timeout)
-        return self.process.exitcode
 
 
 @pytest.fixture(autouse=True)
@@ -84,19 +45,15 @@ def here(tmp_path, monkeypatch):
         "RUNS": tmp_path / "runs",
         "README": tmp_path / "README.md",
         "PICTURE": tmp_path / "evidence.png",
-        "Popen": Forked,
     }
     for name, value in settings.items():
         monkeypatch.setattr(ev, name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ev.probe, "L2_GRID", [0.01])  # so that LIN is fitted twice, not nine times
     (tmp_path / "logs").mkdir()
     (tmp_path / "README.md").write_text(
         "above\n<!-- evidence -->\nold\n<!-- /evidence -->\nbelow\n"
     )
-    Forked.started = []
-    before = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, before)
+    return tmp_path
 
 
 @pytest.fixture
@@ -104,6 +61,20 @@ def micro(here, monkeypatch):
     """The same with a micro recipe."""
     monkeypatch.setattr(ev, "RECIPE", MICRO)
     return here
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """-> the words of each training and probe, as they begin."""
+    found = []
+    for module in (randsac, ev.probe):
+
+        def noted(words, main=module.main):
+            found.append(words)
+            return main(words)
+
+        monkeypatch.setattr(module, "main", noted)
+    return found
 
 
 def run(folder, *only):
@@ -168,7 +139,7 @@ def test_the_papers_differences():
     assert found == 6
 
 
-def test_run_probes_and_is_not_done_twice(micro, image_folder, capsys, monkeypatch):
+def test_run_probes_and_is_not_done_twice(micro, image_folder, called, capsys, monkeypatch):
     only_first_seeds(monkeypatch)
     (micro / "runs/mae-0").mkdir(parents=True)
     (micro / "runs/mae-0/metrics.jsonl").touch()  # cut off before its first checkpoint
@@ -198,88 +169,92 @@ def test_run_probes_and_is_not_done_twice(micro, image_folder, capsys, monkeypat
     ]
     found = [value for row in floors for value in (row["lin"], row["knn"])]
     assert found == [row["top1"] for row in rows]
-    assert [words.split()[0].rsplit("/")[-1] for words in Forked.started] == [
-        *["randsac.py", "probe.py", "probe.py"],
-        *["randsac.py", "probe.py"],
-    ]
+    assert len(called) == 5
 
     capsys.readouterr()
     run(image_folder, "mae", "floors")
     assert capsys.readouterr().out.splitlines() == ["floors: done", "mae-0: done"]
-    assert len(Forked.started) == 5
+    assert len(called) == 5
 
 
-def test_stopped_it_saves_and_goes_on(micro, image_folder, monkeypatch):
+def test_stopped_it_saves_and_goes_on(micro, image_folder, called, monkeypatch):
     only_first_seeds(monkeypatch)
     folder = micro / "runs/square-16-4-0"
-    metrics = folder / "metrics.jsonl"
+    training_step = randsac.training_step
 
-    class Interrupted(Forked):
-        delay = 0.1
+    def stopped_in_the_fifth(model, optimizer, scaler, batch, config, step, *others):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(model, optimizer, scaler, batch, config, step, *others)
 
-        def wait(self, timeout=None):
-            if timeout is not None:
-                return super().wait(timeout)
-            end = time.time() + 60
-            while time.time() < end and not (metrics.exists() and metrics.read_text()):
-                time.sleep(0.02)
-            monkeypatch.setattr(ev, "Popen", Forked)
-            Interrupted.wait = Forked.wait
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ev, "Popen", Interrupted)
-    monkeypatch.setattr(ev, "PATIENCE", 0)
-    with pytest.raises(KeyboardInterrupt):
-        run(image_folder, "square-16-4")
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-    assert 4 < step < 8  # not that of the pass, which is the fourth
-    assert not [*micro.glob("logs/*")]
+    monkeypatch.setattr(randsac, "training_step", stopped_in_the_fifth)
+    with pytest.raises(UserError, match="square-16-4-0 was stopped: start again"):
+        run(image_folder, "square-16-4", "no-skip")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert len(called) == 1 and not [*micro.glob("logs/*")]
 
     # A line cut off in the middle is written anew.
+    monkeypatch.setattr(randsac, "training_step", training_step)
+    metrics = folder / "metrics.jsonl"
     with open(metrics, "a") as file:
         file.write('{"step": 7, "lo')
     (folder / "probes.jsonl").write_text('{"protocol": "linear", "top1": -1}\n')  # an older one
     run(image_folder, "square-16-4")
-    assert f"--resume {folder}" in Forked.started[1]
+    assert called[1][:2] == ["--resume", str(folder)]
     steps = [row["step"] for row in read(metrics)]
     assert steps == sorted(set(steps)) and steps[-1] == 8
     _, last = read(micro / "logs/square-16-4-0.jsonl")
     assert last["pass"] == 2 and last["lin"] == read(folder / "probes.jsonl")[1]["top1"]
 
 
-def alone(settings, folder):
-    """The command as it is, but for its settings, in a process group of its own."""
-    os.setpgrp()
+def test_interrupted_in_the_probe_it_logs_nothing(micro, image_folder, called, monkeypatch):
+    only_first_seeds(monkeypatch)
+    knn = ev.probe.knn
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ev.probe, "knn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(image_folder, "mae")
+    assert not [*micro.glob("logs/*")]
+    monkeypatch.setattr(ev.probe, "knn", knn)
+    run(image_folder, "mae")
+    assert [words[0] for words in called[2:]] == [
+        "--resume",
+        str(micro / "runs/mae-0/checkpoint.pt"),
+    ]
+    assert len(read(micro / "logs/mae-0.jsonl")) == 2
+
+
+def killed(settings, folder):
+    """The command as it is, but for its settings, which the system ends in the tenth step."""
+    torch.set_num_threads(1)
     for name, value in settings.items():
         setattr(ev, name, value)
+    training_step = randsac.training_step
+
+    def last(model, optimizer, scaler, batch, config, step, *others):
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(model, optimizer, scaler, batch, config, step, *others)
+
+    randsac.training_step = last
     run(folder, "patch-random")
 
 
-def test_killed_it_goes_on_and_its_orphan_keeps_the_run(micro, image_folder, capsys, monkeypatch):
+def test_killed_it_goes_on(micro, image_folder, called, monkeypatch):
     only_first_seeds(monkeypatch)
-    monkeypatch.setattr(ev, "RECIPE", MICRO.replace("--epochs 2", "--epochs 30"))
-    names = ("LOGS", "RUNS", "JOBS", "RECIPE")
-    settings = {name: getattr(ev, name) for name in names}
-    process = forks.Process(target=alone, args=(settings, image_folder))
+    monkeypatch.setattr(ev, "RECIPE", MICRO.replace("--epochs 2", "--epochs 3"))
+    settings = {name: getattr(ev, name) for name in ("LOGS", "RUNS", "JOBS", "RECIPE")}
+    process = forks.Process(target=killed, args=(settings, image_folder))
     process.start()
-    metrics = micro / "runs/patch-random-0/metrics.jsonl"
-    end = time.time() + 60
-    while time.time() < end and not (metrics.exists() and len(read(metrics)) >= 5):
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGSTOP)  # so that the training does not end meanwhile
-    process.kill()
     process.join()
-
+    folder = micro / "runs/patch-random-0"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 8  # of a pass
     run(image_folder, "patch-random")
-    assert "patch-random-0: skipped, another process is at it" in capsys.readouterr().out
-    assert not Forked.started
-    os.killpg(process.pid, signal.SIGKILL)
-    while not Forked.started and time.time() < end:  # until the system has buried it
-        run(image_folder, "patch-random")
-    assert "--resume" in Forked.started[0]
-    assert read(micro / "logs/patch-random-0.jsonl")[1]["pass"] == 30
-    steps = [row["step"] for row in read(metrics)]
-    assert steps == sorted(set(steps)) and steps[-1] == 120
+    assert called[0][:2] == ["--resume", str(folder)]
+    assert read(micro / "logs/patch-random-0.jsonl")[1]["pass"] == 3
 
 
 def test_two_at_once_share_the_runs(micro, image_folder, capsys, monkeypatch):
@@ -293,9 +268,9 @@ def test_two_at_once_share_the_runs(micro, image_folder, capsys, monkeypatch):
     assert [path.name for path in micro.glob("logs/*")] == ["no-skip-0.jsonl"]
 
 
-def test_a_command_that_fails_is_named(micro, tmp_path):
+def test_what_training_refuses_is_said(micro, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"randsac.py ended with code 2, .* start again"):
+    with pytest.raises(UserError, match=r"empty has the folders \[\]; wanted are train/CLASS/"):
         run(tmp_path / "empty", "mae")
     assert not [*micro.glob("logs/*")]
     with pytest.raises(UserError, match="not a folder: give --data-dir"):
