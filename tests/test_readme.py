@@ -3,8 +3,10 @@ function, file and picture that they name is there."""
 
 import contextlib
 import io
+import json
 import re
 import shlex
+import statistics
 import sys
 
 import assignment
@@ -133,3 +135,30 @@ def test_the_model_that_comes_with_the_project():
         losses.append(loss.item())
     # Predicting zero has 0.979: what it learned helps with images of another kind.
     assert losses[0] < 0.8 < losses[1]
+
+
+def test_the_table_of_results_says_what_the_logs_say():
+    part = README.partition("## What to expect")[2].partition("**Why do predictions")[0]
+    table = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
+    names, _, *rows = table
+    logs = {}
+    for row in rows:
+        folder = re.search(r"\]\((.*)\)", row[-1])[1]
+        paths = sorted((ROOT / folder).rglob("probes.jsonl"))
+        logs[folder] = [json.loads(line) for path in paths for line in path.open()]
+    assert len(logs) == len(rows) >= 3
+
+    everywhere = [found for probes in logs.values() for found in probes]
+    for row, probes in zip(rows, logs.values()):
+        for name, features, untrained, known in (
+            ("LIN, kNN", "encoder", False, probes),
+            ("untrained encoder", "encoder", True, probes),
+            ("raw pixels", "pixels", False, everywhere),  # the same for every model
+        ):
+            shown = row[names.index(name)]
+            numbers = re.fullmatch(r"([\d.]+)(?: ± [\d.]+)?, ([\d.]+)(?: ± [\d.]+)? %", shown)
+            for number, protocol in zip(numbers.groups(), ("linear", "knn")):
+                kind = (features, untrained, protocol, probes[0]["dataset"])
+                keys = ("features", "random_init", "protocol", "dataset")
+                found = [one["top1"] for one in known if tuple(map(one.get, keys)) == kind]
+                assert float(number) == pytest.approx(statistics.mean(found), abs=0.0501), shown
