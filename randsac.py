@@ -1355,11 +1355,9 @@ def read_flags(given):
         check(value != "", f"{flag_name(name)} is empty: give it a name, or leave it out")
     if "resume" not in given:
         config = Config(**given)
-        inside = (
-            Path(config.out or "runs").resolve().is_relative_to(Path(config.data_dir).resolve())
-        )
-        reads = config.dataset == "folder"
-        check(not (reads and inside), "the run would lie among the images: choose another --out")
+        out = Path(config.out or "runs").resolve()
+        inside = config.dataset == "folder" and out.is_relative_to(Path(config.data_dir).resolve())
+        check(not inside, "the run would lie among the images: choose another --out")
         check_free(config)
         return config, None
 
