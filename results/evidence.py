@@ -272,7 +272,7 @@ def judge(a, b):
     if abs(t) > critical_value(freedom):
         direction = "higher" if t > 0 else "lower"
         verdict = f"**{direction}, p < 0.05**"
-    return f"{difference}, t {t:.2f} at {freedom:.1f}: {verdict}"
+    return f"{difference}, t {t:.2f} at {freedom:.2f}: {verdict}"
 
 
 def read_logs():

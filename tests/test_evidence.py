@@ -382,9 +382,9 @@ def test_a_verdict_is_that_of_the_p_value():
 
 
 def test_verdicts_in_words():
-    assert ev.judge([50, 51, 52], [44, 45, 46]) == "+6.00, t 7.35 at 4.0: **higher, p < 0.05**"
-    assert ev.judge([44, 45, 46], [50, 51, 52]) == "-6.00, t -7.35 at 4.0: **lower, p < 0.05**"
-    assert ev.judge([50, 51, 52], [49, 50, 51]) == "+1.00, t 1.22 at 4.0: no difference seen"
+    assert ev.judge([50, 51, 52], [44, 45, 46]) == "+6.00, t 7.35 at 4.00: **higher, p < 0.05**"
+    assert ev.judge([44, 45, 46], [50, 51, 52]) == "-6.00, t -7.35 at 4.00: **lower, p < 0.05**"
+    assert ev.judge([50, 51, 52], [49, 50, 51]) == "+1.00, t 1.22 at 4.00: no difference seen"
     assert ev.judge([50, 51, 52], [40]) == "+11.00: not enough seeds"
     assert ev.judge([50], [40, 41, 42]) == "+9.00: not enough seeds"
     assert ev.judge([50, 51], []) == ev.judge([], [1, 2]) == "not run yet"
@@ -450,7 +450,7 @@ def test_tables_and_picture(logged):
 
     raster = cells(text, "random ≫ raster")
     assert raster[1] == "patch-random / patch-raster" and raster[3] == "+20.00 (Table 2)"
-    assert raster[4] == raster[5] == "+5.00, t 6.12 at 4.0: **higher, p < 0.05**"
+    assert raster[4] == raster[5] == "+5.00, t 6.12 at 4.00: **higher, p < 0.05**"
     assert cells(text, "segments > patches")[4] == "+0.00: not enough seeds"
     assert cells(text, "coherent > incoherent")[4:] == ["not run yet"] * 2
     passes = cells(text, "RandSAC > MAE, equal passes")
