@@ -820,7 +820,7 @@ def load_folder(root, size, train):
                 for old in place.glob(f"{kind}-*"):
                     old.unlink()
                 write_whole(cache, lambda file: decode_all(files, size, file))
-                images = map_images(cache, shape)
+                images = torch.from_numpy(np.load(cache, mmap_mode="c"))
     return images, labels, classes
 
 
@@ -1037,7 +1037,7 @@ def own(file, message, wait=False):
     except BlockingIOError as error:
         if not wait:
             raise UserError(message) from error
-        print(message)
+        print(message, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     except (OSError, AttributeError):  # some file systems have no locks, nor has Windows
         pass

@@ -700,7 +700,7 @@ def test_a_failed_download_says_both_ways_on_and_stands_in_no_later_one_s_way(
     cifar, tmp_path, monkeypatch, fault
 ):
     whole = cifar.read_bytes()
-    server = randsac.torchvision.datasets.CIFAR10.url
+    server = torchvision.datasets.CIFAR10.url
     data = tmp_path / "data"
     if fault == "no server":
         no_server(monkeypatch)
@@ -724,7 +724,7 @@ def test_a_failed_download_says_both_ways_on_and_stands_in_no_later_one_s_way(
     # What came of the archive is no reason not to fetch it again.
     if fault == "data is a file":
         data.unlink()
-    monkeypatch.setattr(randsac.torchvision.datasets.CIFAR10, "url", server)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", server)
     cifar.write_bytes(whole)
     assert len(randsac.load_images(cifar_in(data), train=True)[0]) == 20
 
