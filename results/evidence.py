@@ -2,21 +2,33 @@
 
     python results/evidence.py run --data-dir DIR   # many hours; stop it, start it again
     python results/evidence.py run --only mae       # only this variant
+    python results/evidence.py run --passes 100 --batch-size 512 --jobs 4 --out results/gpu
     python results/evidence.py speed                # images/s of each variant, some minutes
     python results/evidence.py report               # results/README.md and assets/evidence.png
+    python results/evidence.py report results/gpu   # the same of other logs
 
-`run` does what randsac.py and probe.py do. A run that has its log is skipped, one that was cut off
-goes on, and two of these commands side by side share the work (not on Windows).
+`run` does what randsac.py and probe.py do: first seed 0 of all variants, then seed 1, and so on. A
+run that has its log is skipped, one that was cut off goes on.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import hashlib
 import json
+import math
+import multiprocessing
+import os
 import platform
+import re
 import shutil
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 from statistics import mean, median, stdev, variance
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,11 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import probe
 import randsac
-from randsac import UserError, check, own, user_path, write_whole
+from randsac import UserError, check, user_path, write_whole
 from visualize import DIM, GREY, HUES, Series, chart, column, sheet
 
 LOGS = ROOT / "results/evidence"
-RUNS = ROOT / "runs/evidence"
+RUNS = ROOT / "runs"
 README = ROOT / "results/README.md"
 PICTURE = ROOT / "assets/evidence.png"
 BEGIN = "<!-- evidence -->"
@@ -77,16 +89,23 @@ CLAIMS = [  # claim, a variant, one that it should exceed, the paper's differenc
     ("RandSAC with `--last-rank` > MAE, about equal cost", "square-16-k4", "mae", "not tried"),
 ]
 FLOORS = {"--random-init": "untrained encoder", "--features pixels": "raw pixels"}  # of probe.py
-JOBS = {"floors": ("floors", 0)}  # name of its files -> variant, seed
-for name in VARIANTS:
-    judged = any(name in claim for claim in CLAIMS)
-    for seed in range(3 if judged else 1):
-        JOBS[f"{name}-{seed}"] = (name, seed)
 
 
-def config_of(flags):
-    """-> the Config of a run with the recipe and these flags."""
-    given = randsac.make_parser("").parse_args(f"{RECIPE} {flags}".split())
+def make_jobs(seeds=None):
+    """-> {name of its files: (variant, seed)}, seed by seed: `seeds` of each variant (None: 3 where
+    a claim is about it, else 1), and the floors."""
+    jobs = {"floors": ("floors", 0)}
+    for seed in range(seeds or 3):
+        for name in VARIANTS:
+            judged = any(name in claim for claim in CLAIMS)
+            if seeds or judged or seed == 0:
+                jobs[f"{name}-{seed}"] = (name, seed)
+    return jobs
+
+
+def config_of(flags, recipe=None):
+    """-> the Config of a run with the recipe (None: RECIPE) and these flags."""
+    given = randsac.make_parser("").parse_args(f"{recipe or RECIPE} {flags}".split())
     return randsac.Config(**vars(given))
 
 
@@ -101,8 +120,10 @@ def read_rows(path):
 
 
 def write_rows(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Writes a .jsonl file, all or nothing."""
+    part = Path(f"{path}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(part, path)
 
 
 def machine():
@@ -129,52 +150,138 @@ def lin_and_knn(run, flags=""):
     return {"lin": top1["linear"], "knn": top1["knn"]}
 
 
-def run_one(job, data_dir, lock):
-    """Trains, probes and logs, unless that is done or another process is at it."""
-    log = LOGS / f"{job}.jsonl"
-    try:
-        own(lock, f"{job}: skipped, another process is at it")
-    except UserError as busy:
-        print(busy, flush=True)
-        return
-    if log.exists():
-        print(f"{job}: done", flush=True)
-        return
+class Plan(NamedTuple):
+    """What all jobs of a `run` have in common."""
 
+    recipe: str  # flags of randsac.py, before those of a variant
+    data_dir: Path
+    logs: Path
+    runs: Path
+    side_by_side: int  # jobs at a time
+    deadline: float  # no job begins later, in seconds of time.time()
+
+
+def train_and_probe(name, seed, run, plan):
+    """Trains a run, or goes on with it, and probes it -> the rows of its log."""
     # Go on with the run, or begin: anew where it was cut off before its first checkpoint.
-    print(f"{job}: starts", flush=True)
-    run = RUNS / job
-    name, seed = JOBS[job]
+    start = time.perf_counter()
     flags = VARIANTS.get(name, "--max-steps 1")  # floors take no more of a run than its sizes
     words = ["--resume", str(run)]
     if not (run / "checkpoint.pt").exists():
         shutil.rmtree(run, ignore_errors=True)
-        words = [*f"{RECIPE} {flags} --seed {seed}".split(), "--out", str(run)]
-    code = randsac.main([*words, "--data-dir", str(data_dir)])
-    check(code == 0, f"{job} was stopped: start again to go on")
+        words = [*f"{plan.recipe} {flags} --seed {seed}".split(), "--out", str(run)]
+    code = randsac.main([*words, "--data-dir", str(plan.data_dir)])
+    check(code == 0, f"{run.name} was stopped: start again to go on")
 
     # Probe. What the log says first is how the run was made.
     if name == "floors":
-        rows = [{"floor": floor, **lin_and_knn(run, floor)} for floor in FLOORS]
-    else:
-        settings = {"name": name, "flags": flags, "seed": seed, "recipe": RECIPE}
-        settings |= {"data": data_dir.name, **machine()}
-        end = read_rows(run / "metrics.jsonl")[-1]
-        results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"]}
-        rows = [settings, results | lin_and_knn(run)]
+        return [{"floor": floor, **lin_and_knn(run, floor)} for floor in FLOORS]
+    metrics = read_rows(run / "metrics.jsonl")
+    end = metrics[-1]
+    results = {"pass": end["epoch"], "held_out_loss": end["held_out_loss"], **lin_and_knn(run)}
+    settings = {"name": name, "flags": flags, "seed": seed, "recipe": plan.recipe}
+    settings |= {"data": plan.data_dir.name, "passes": end["epoch"], **machine()}
+    settings |= {"jobs": plan.side_by_side, "seconds": round(time.perf_counter() - start, 1)}
+    settings["images_per_s"] = median(row["images_per_s"] for row in metrics)
+    return [settings, results]
+
+
+def run_one(job, name, seed, plan):
+    """Makes the log of a job, unless it is there or the time is over."""
+    log = plan.logs / f"{job}.jsonl"
+    if log.exists():
+        print(f"{job}: done", flush=True)
+        return
+    if time.time() > plan.deadline:
+        print(f"{job}: not begun, the time is over", flush=True)
+        return
+
+    # Side by side, each job prints into a file of its own.
+    print(f"{job}: starts", flush=True)
+    with contextlib.ExitStack() as stack:
+        if plan.side_by_side > 1:
+            file = stack.enter_context(open(plan.logs / f"{job}.txt", "a"))
+            stack.enter_context(contextlib.redirect_stdout(file))
+            stack.enter_context(contextlib.redirect_stderr(file))
+        try:
+            rows = train_and_probe(name, seed, plan.runs / job, plan)
+        except Exception:
+            if plan.side_by_side > 1:
+                traceback.print_exc()
+            raise
 
     # The log comes last: where there is one, the run is whole.
     write_rows(log, rows)
     print(f"{job}: {json.dumps(rows[-1])}", flush=True)
 
 
-def run_all(data_dir, only):
-    check(data_dir.is_dir(), f"{data_dir} is not a folder: give --data-dir")
-    RUNS.mkdir(parents=True, exist_ok=True)
-    for job in JOBS:
-        if JOBS[job][0] in only:
-            with open(RUNS / f"{job}.lock", "w") as lock:
-                run_one(job, data_dir.resolve(), lock)
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def begin_worker(count):
+    """Gives a worker its share of the cores, and lets it end with its parent, however that ends."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def run_side_by_side(jobs, plan):
+    """A failed job does not stop the others. UserError, in the end, names those that failed."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    count = plan.side_by_side
+    failed = []
+    with concurrent.futures.ProcessPoolExecutor(count, context, begin_worker, (count,)) as workers:
+        parts = {}
+        for job, (name, seed) in jobs.items():
+            parts[workers.submit(run_one, job, name, seed, plan)] = job
+        try:
+            for part in concurrent.futures.as_completed(parts):
+                error = part.exception()
+                if error:
+                    failed.append(parts[part])
+                    print(f"{parts[part]}: failed: {error!r}", flush=True)
+        except KeyboardInterrupt:
+            workers.shutdown(cancel_futures=True)
+            raise
+    check(not failed, f"{', '.join(failed)} failed: see {plan.logs}, then start again to go on")
+
+
+def run_all(args):
+    data_dir = args.data_dir.resolve()
+    check(data_dir.is_dir(), f"{args.data_dir} is not a folder: give --data-dir")
+    logs = args.out.resolve()
+    logs.mkdir(parents=True, exist_ok=True)
+    recipe = RECIPE
+    changes = {"--epochs": args.passes, "--batch-size": args.batch_size, "--lr": args.lr}
+    for flag, value in changes.items():
+        if value is not None:
+            recipe = re.sub(f"{flag} [^ ]+", f"{flag} {value}", recipe)
+
+    # Seed 0 of all variants comes first.
+    jobs = {}
+    for job, (name, seed) in make_jobs(args.seeds).items():
+        if name in args.only:
+            jobs[job] = name, seed
+            for row in read_rows(logs / f"{job}.jsonl")[:1]:
+                same = row.get("recipe", recipe) == recipe
+                check(same, f"{logs} has {job} with other flags: choose another --out")
+
+    # Another recipe or other images are other runs.
+    key = hashlib.sha256(repr((recipe, data_dir, logs)).encode()).hexdigest()[:8]
+    deadline = time.time() + args.seconds
+    plan = Plan(recipe, data_dir, logs, RUNS / f"{logs.name}-{key}", args.jobs, deadline)
+    plan.runs.mkdir(parents=True, exist_ok=True)
+    if args.jobs == 1:
+        for job, (name, seed) in jobs.items():
+            run_one(job, name, seed, plan)
+        return
+
+    # The images are decoded once, before the workers read them.
+    config = config_of(f"--data-dir {data_dir}", recipe)
+    for train in (True, False):
+        randsac.load_images(config, train)
+    run_side_by_side(jobs, plan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,7 +387,7 @@ def read_logs():
     runs = {name: {"lin": [], "knn": []} for name in VARIANTS}
     data = set()
     missing = []
-    for job, (name, _) in JOBS.items():
+    for job, (name, _) in make_jobs().items():
         path = LOGS / f"{job}.jsonl"
         rows = read_rows(path)
         if not rows:
@@ -416,10 +523,17 @@ def main(arguments):
     names = [*VARIANTS, "floors"]
     words = f"only these of {', '.join(names)}"
     add("--only", nargs="+", default=names, choices=names, metavar="X", help=words)
+    add("--seeds", type=int, metavar="K", help="of each variant (default: 3 if a claim needs it)")
+    add("--passes", type=int, metavar="N", help="over the images (default: 10)")
+    add("--batch-size", type=int, metavar="B", help="images in a step (default: 64)")
+    add("--lr", type=float, metavar="X", help="for each 256 images of the batch (default: 4e-3)")
+    add("--out", type=user_path, default=LOGS, metavar="DIR", help="where the logs go or are")
+    add("--seconds", type=float, default=math.inf, metavar="S", help="begin no run after these")
+    add("--jobs", type=int, default=1, metavar="J", help="runs side by side (default: 1)")
 
     args = parser.parse_args(arguments)
     if args.command == "run":
-        run_all(args.data_dir, args.only)
+        run_all(args)
     elif args.command == "speed":
         time_all()
     else:
