@@ -688,23 +688,20 @@ def data_uri(photo):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def explorer_data(config, model, name, images, ranks, labels):
-    """Config of your strategy or None; a model and its name, or None; images float [B,3,H,W], ranks
-    [B,N] and labels, of which four are shown -> what the page is filled with."""
-    strategies = STRATEGIES
-    own = Config()
-    if config:
-        strategies = with_yours(config)
-        own = config
+def explorer_data(strategies, config, model, name, images, ranks, labels):
+    """Strategies {title: settings}; a Config, whose sizes count; a model and its name, or None;
+    images float [B,3,H,W], ranks [B,N] and labels, of which four are shown -> what the page is
+    filled with."""
     data = {"strategies": [], "image": data_uri(photos(images[:1])[0]), "model": None}
     sizes = ("dim", "depth", "decoder_depth", "patch_size")
-    data["size"] = {size: getattr(own, size) for size in sizes}
+    data["size"] = {size: getattr(config, size) for size in sizes}
     for i, (title, settings) in enumerate(strategies.items()):
         strategy = Config(**settings)
-        orders = sample_ranks(strategy, 8, generator=seeded("cpu", own.seed, i))
+        orders = sample_ranks(strategy, 8, generator=seeded("cpu", config.seed, i))
         entry = {"name": title, "flags": " ".join(map(str, flag_words(settings)))}
         entry.update(grid=strategy.grid, levels=strategy.hierarchy, patch_size=strategy.patch_size)
-        data["strategies"].append({**entry, "ranks": orders.tolist()})
+        entry["ranks"] = list(dict.fromkeys(map(tuple, orders.tolist())))  # raster has one order
+        data["strategies"].append(entry)
 
     # What the model predicts, each segment from true pixels.
     if model:
@@ -712,7 +709,7 @@ def explorer_data(config, model, name, images, ranks, labels):
         predicted, errors, _ = predict(model, images[:4], ranks[:4])
         for i, photo in enumerate(photos(images[:4])):
             numbers = [round(e, 3) if math.isfinite(e) else None for e in errors[i].tolist()]
-            entry = {"label": labels[i], "grid": own.grid, "ranks": ranks[i].tolist()}
+            entry = {"label": labels[i], "grid": config.grid, "ranks": ranks[i].tolist()}
             entry.update(image=data_uri(photo), predicted=data_uri(predicted[i]), errors=numbers)
             data["model"]["images"].append(entry)
     return data
@@ -819,6 +816,16 @@ def choose_images(flags, config, model):
         image = torch.tensor(randsac.decode_image(flags["image"], size))
         return randsac.normalize(image.expand(5, -1, -1, -1), size), [flags["image"].name] * 5
 
+    # A shipped checkpoint has a few images beside it, for a machine without its data set.
+    beside = []
+    if model and flags.keys().isdisjoint(("dataset", "data_dir")):
+        beside = sorted(flags["checkpoint"].parent.glob("images/*.png"))
+    if beside and not any(Path(config.data_dir).glob("cifar-10-*")):
+        where = f"CIFAR-10 is not in {config.data_dir}/ (--dataset cifar10 downloads it)"
+        print(f"{where}: the images in {beside[0].parent}/ are shown")
+        images = torch.stack([torch.tensor(randsac.decode_image(path, size)) for path in beside])
+        return randsac.normalize(images, size), [path.stem for path in beside]
+
     if model is None and "dataset" not in flags:
         images, labels, classes = randsac.draw_shapes(12, size, seed=6)
     else:
@@ -885,10 +892,11 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
         return draw_curves([(run, *read_run(run)) for run in runs])
     if name == "layers":
         return draw_layers(read_run(runs[0])[1])
-    if model is None and flags.keys().isdisjoint(ORDER_FLAGS):
-        config = None  # no strategy is yours
+    strategies = STRATEGIES
+    if not flags.keys().isdisjoint(ORDER_FLAGS):
+        strategies = with_yours(config)
     title = runs[0].resolve().name if model else ""
-    return fill_page(explorer_data(config, model, title, images, ranks, labels))
+    return fill_page(explorer_data(strategies, config, model, title, images, ranks, labels))
 
 
 def save(picture, path):
