@@ -1,0 +1,407 @@
+"""Is it right on this card? Every test runs on the CPU, where it must pass too, and on each GPU
+that torch finds. `pytest -rA tests/test_gpu.py` shows what was measured and which attention kernels
+refuse our masks. The rest is said in one line: what only CUDA has (its kernels, its peak memory,
+its own check that the host reads nothing) is not tried on a CPU."""
+
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MICRO_FLAGS, HostReads, micro, random_model, run_here
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import randsac
+
+# Attention kernels that torch has on a device. "program" leaves the choice to torch, with the
+# program's settings.
+KERNELS = {"cpu": ["program", "FLASH_ATTENTION", "MATH"]}
+if torch.cuda.is_available():
+    KERNELS["cuda"] = ["program", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+if torch.backends.mps.is_available():
+    KERNELS["mps"] = ["program", "MATH"]
+every_device = pytest.mark.parametrize("device", KERNELS)
+every_kernel = pytest.mark.parametrize(
+    "device, kernel", [(device, name) for device, names in KERNELS.items() for name in names]
+)
+
+# The largest error that is rounding, as a share of what is compared. A mask that is wrong for a
+# single token gives ten times more.
+ROUNDING = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.06}
+# Strategies with as many tokens as attention may meet: (settings, images' side, trimmed). Trimmed,
+# 16 squares of 64 tokens ask for 60 and patches for 63.
+CASES = {
+    "square, 64 tokens": ({"hierarchy": (16,)}, 32, False),
+    "square, 60 tokens": ({"hierarchy": (16,)}, 32, True),
+    "patch, 64 tokens": ({"segments": "patch"}, 32, False),
+    "patch, 63 tokens": ({"segments": "patch"}, 32, True),
+    "mae, 48 tokens read 16": ({"segments": "mae"}, 32, True),
+    "last rank, 60 tokens read 16": ({"hierarchy": (16,), "last_rank": 4}, 32, True),
+    "square, 144 tokens": ({"hierarchy": (16, 4)}, 48, False),
+    "square, 135 tokens": ({"hierarchy": (16, 4)}, 48, True),
+    "few ranks, 64 tokens": ({"segments": "blob"}, 32, False),
+}
+
+
+@pytest.fixture(autouse=True)
+def settings_of_torch():
+    """float32 is float32, and cuDNN's attention is off, as in training; then all is as before."""
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def describe(error):
+    return " ".join(str(error).split())[:150]
+
+
+@contextlib.contextmanager
+def using(kernel, dtype=torch.float32):
+    """With one attention kernel. Where it refuses us and may, the test is skipped and says why."""
+    if kernel == "program":
+        yield
+        return
+    may = kernel == "FLASH_ATTENTION" or dtype == torch.float64
+    with warnings.catch_warnings(record=True) as said, sdpa_kernel(getattr(SDPBackend, kernel)):
+        warnings.simplefilter("always")
+        try:
+            yield
+        except RuntimeError as error:
+            if not may or "No available kernel" not in str(error):
+                raise
+            reasons = "; ".join(describe(warning.message) for warning in said)
+            pytest.skip(f"{kernel} refuses our masks in {dtype}: {reasons}")
+
+
+def within(errors, near):
+    print({what: f"{error:.1e}" for what, error in errors.items()})
+    return all(error < near for error in errors.values())  # false for NaN
+
+
+def training(device, **settings):
+    """-> model, optimizer, scaler, a batch, config: all that training_step takes."""
+    config = micro(device=device, batch_size=16, **settings)
+    model = randsac.RandSAC(config).to(device)
+    optimizer = randsac.make_optimizer(model, config)
+    small = randsac.pick_precision(config.precision, torch.device(device)) == "float16"
+    scaler = torch.amp.GradScaler(device, enabled=small)
+    side = config.image_size
+    batch = torch.randint(0, 256, (config.batch_size, 3, side, side), dtype=torch.uint8)
+    return model, optimizer, scaler, batch.to(device), config
+
+
+def step_of(model, optimizer, scaler, batch, config, step):
+    return randsac.training_step(model, optimizer, scaler, batch, config, step, 100)
+
+
+def outcome(model, images, ranks, trim, kernel, precision):
+    """-> predictions, the gradient of the loss to pixels and to parameters, float64 on the CPU."""
+    images = images.clone().requires_grad_()
+    tokens = randsac.patchify(images, model.config.patch_size)
+    with using(kernel), randsac.autocast(images.device, precision):
+        if trim:
+            prediction, which = model.decode_trimmed(tokens, ranks)
+            places = which[..., None].expand_as(prediction)
+            prediction = prediction.new_zeros(tokens.shape).scatter(1, places, prediction)
+        else:
+            prediction = model.decode(tokens, ranks).masked_fill((ranks == 0)[..., None], 0)
+        loss = model(images, ranks, trim) * 1024  # as the scaler does, so that nothing underflows
+    gradients = torch.autograd.grad(loss, [images, *model.parameters()])
+    parameters = torch.cat([gradient.flatten() for gradient in gradients[1:]])
+    found = {"predictions": prediction, "pixels": gradients[0], "parameters": parameters}
+    return {name: value.detach().cpu().double() for name, value in found.items()}
+
+
+def error_of(found, wanted):
+    """-> {what: its distance from what is wanted, as a share of it}, NaN where it is not finite."""
+    errors = {}
+    for name, value in found.items():
+        distance = (value - wanted[name]).norm() / wanted[name].norm()
+        errors[name] = distance.item() if value.isfinite().all() else math.nan
+    return errors
+
+
+@functools.cache
+def case(name):
+    """-> model in float64, images, ranks, whether trimmed, what float64 and MATH say of them."""
+    settings, side, trim = CASES[name]
+    model = random_model(micro(dim=64, image_size=side, **settings))
+    generator = randsac.seeded("cpu", 0)
+    images = torch.rand(4, 3, side, side, generator=generator, dtype=torch.double) * 2 - 1
+    ranks = randsac.sample_ranks(model.config, 4, generator=generator)  # [4,N]
+    if name.startswith("few"):
+        ranks = ranks.clamp(max=1)
+        ranks[0] = 0  # nothing is predicted
+        ranks[1] = (torch.arange(ranks.shape[1]) == 5).long()  # one token is
+        ranks[2] = (torch.arange(ranks.shape[1]) != 5).long()  # all but one are
+    return model, images, ranks, trim, outcome(model, images, ranks, trim, "MATH", "float32")
+
+
+def on(device, name, dtype=torch.float32):
+    model, images, ranks, trim, wanted = case(name)
+    model = copy.deepcopy(model).to(device, dtype)
+    return model, images.to(device, dtype), ranks.to(device), trim, wanted
+
+
+def test_which_gpu():
+    if list(KERNELS) == ["cpu"]:
+        pytest.skip("no GPU: this file has tried the CPU alone")
+    name = torch.cuda.get_device_name() if "cuda" in KERNELS else "Apple"
+    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    print(f"cuDNN {torch.backends.cudnn.version()}")
+
+
+@every_kernel
+@pytest.mark.parametrize("precision", ROUNDING)
+def test_outputs_and_gradients_are_those_of_float64(device, kernel, precision):
+    far = []
+    for name in CASES:
+        model, images, ranks, trim, wanted = on(device, name)
+        found = outcome(model, images, ranks, trim, kernel, precision)
+        print(name, end=" ")
+        if not within(error_of(found, wanted), ROUNDING[precision]):
+            far.append(name)
+    assert not far
+
+
+@every_device
+@pytest.mark.parametrize("strategy", ["square", "patch", "mae"])
+def test_masked_is_trimmed(device, strategy):
+    name = next(name for name, (_, _, trim) in CASES.items() if trim and strategy in name)
+    model, images, ranks, _, _ = on(device, name)
+    trimmed = outcome(model, images, ranks, True, "program", "float32")
+    masked = outcome(model, images, ranks, False, "program", "float32")
+    assert within(error_of(trimmed, masked), ROUNDING["float32"])
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_prediction_hangs_on_its_own_or_a_later_segment(device, kernel, dtype):
+    if device == "mps" and dtype == torch.float64:
+        pytest.skip("mps has no float64")
+    for name in CASES:
+        model, images, ranks, trim, _ = on(device, name, dtype)
+        images.requires_grad_()
+        tokens = randsac.patchify(images, model.config.patch_size)
+        last = ranks.amax(1, keepdim=True)  # [4,1]
+        step = 1 + torch.arange(4, device=device)[:, None] * 5 % last.clamp(min=1)  # [4,1]
+        with using(kernel, dtype):
+            prediction = model.decode(tokens, ranks)
+            rank = ranks
+            if trim:
+                prediction, which = model.decode_trimmed(tokens, ranks)
+                rank = ranks.gather(1, which)
+
+        # Pixels of the own and of later segments have a gradient of exactly zero, all others one.
+        asked = (rank == step)[..., None]
+        (gradient,) = torch.autograd.grad((prediction.square() * asked).sum(), images)
+        gradient = randsac.patchify(gradient, model.config.patch_size).abs().amax(-1)  # [4,N]
+        assert (gradient[ranks >= step] == 0).all(), name
+        assert (gradient[(ranks < step) & (last > 0)] > 0).all(), name
+
+
+@every_device
+@pytest.mark.parametrize("segments", randsac.HIERARCHIES)
+def test_ranks_drawn_there_are_whole(device, segments):
+    """Each sample has all of the ranks 0..K-1, and segments are as large as they should be."""
+    config = micro(segments=segments)
+    ranks = randsac.sample_ranks(config, 64, device, randsac.seeded(device, 0)).cpu()
+    counts = F.one_hot(ranks, config.tokens).sum(1)  # [64,N]
+    present = counts > 0
+    assert torch.equal(present.sum(1), ranks.amax(1) + 1)
+    sizes = randsac.segment_sizes(config)
+    if sizes:
+        assert counts[:, : len(sizes)].tolist() == [sizes] * 64
+    assert len({tuple(row) for row in ranks.tolist()}) > 50  # and samples have their own
+
+
+@contextlib.contextmanager
+def no_host_reads(device):
+    """CUDA itself says where the host waits for it. Elsewhere calls that would wait are noted."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    else:
+        with HostReads() as reads:
+            yield
+        assert reads.found == []
+
+
+@every_device
+@pytest.mark.parametrize("precision", ["auto", "float16"])
+@pytest.mark.parametrize("segments", randsac.HIERARCHIES)
+def test_a_step_reads_nothing_on_the_host(device, segments, precision):
+    *parts, batch, config = training(device, segments=segments, precision=precision)
+    index = torch.randperm(len(batch)).to(device)
+    losses = [step_of(*parts, batch[index], config, 0)]  # the first step may, to set things up
+    with no_host_reads(device):
+        for step in range(1, 4):
+            losses.append(step_of(*parts, batch[index], config, step))
+    assert torch.stack(losses).isfinite().all()
+
+
+@every_device
+def test_the_scaler_leaves_out_a_step_that_overflows_and_goes_on(device):
+    model, optimizer, scaler, batch, config = training(device, precision="float16")
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})
+    start = copy.deepcopy(model.state_dict())
+
+    def moved():
+        now = model.state_dict()
+        return any(not torch.equal(now[name], start[name]) for name in start)
+
+    loss = step_of(model, optimizer, scaler, batch, config, 10)
+    assert loss.isfinite() and not moved() and scaler.get_scale() == 2.0**39
+    for _ in range(30):
+        step_of(model, optimizer, scaler, batch, config, 10)
+    assert moved() and scaler.get_scale() < 2.0**30
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+@every_device
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+    device, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data-dir", image_folder, "--device", device, "--epochs", 2, "--save-every", 2]
+    flags = [*MICRO_FLAGS, *words]
+    assert run_here(*flags, "--out", "whole") == 0
+
+    # Ctrl-C in the sixth of eight steps.
+    calls = []
+    take_step = randsac.training_step
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(randsac, "training_step", interrupted)
+        assert run_here(*flags, "--out", "stopped") == 128 + signal.SIGINT
+    assert run_here("--resume", "stopped", "--device", device) == 0
+
+    rows = {}
+    for run in ("whole", "stopped"):
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        rows[run] = [json.loads(line) for line in lines]
+        for row in rows[run]:
+            print(run, row)
+            del row["images_per_s"]
+    for whole, stopped in zip(rows["whole"], rows["stopped"], strict=True):
+        assert stopped == pytest.approx(whole, rel=1e-3)
+
+
+@every_device
+def test_compiled_is_eager(device):
+    """On a CPU without the compiler of kernels, which takes minutes there."""
+    if device == "mps" or (device == "cuda" and not (shutil.which("cc") or shutil.which("gcc"))):
+        pytest.skip("--compile needs CUDA and a C compiler")
+    model, images, ranks, trim, _ = on(device, "square, 60 tokens")
+    compiled = torch.compile(model, backend="inductor" if device == "cuda" else "eager")
+    found = []
+    for each in (model, compiled):
+        with randsac.autocast(images.device):
+            loss = each(images, ranks, trim=trim)
+        parts = torch.autograd.grad(loss, list(model.parameters()))
+        parameters = torch.cat([part.flatten() for part in parts])
+        found.append({"loss": loss.detach().double(), "parameters": parameters.double()})
+    torch.compiler.reset()
+    assert within(error_of(*found), ROUNDING[randsac.pick_precision("auto", images.device)])
+
+
+@every_device
+def test_held_out_loss_takes_no_more_memory_than_a_step(device):
+    if device != "cuda":
+        pytest.skip("peak memory is counted by CUDA alone")
+    sizes = {"dim": 128, "depth": 6, "image_size": 32, "segments": "patch"}
+    *parts, batch, config = training(device, **sizes)
+    images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8)
+
+    def peak(work):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    step_of(*parts, batch, config, 0)  # the optimizer's state comes with the first step
+    step = peak(lambda: step_of(*parts, batch, config, 1))
+    held_out = peak(lambda: randsac.held_out_loss(parts[0], images, config, batch.device))
+    print(f"a step {step:.0f} MiB, held-out loss {held_out:.0f} MiB")
+    assert held_out <= step
+
+
+# --- Last, as it may leave a card in disorder: the kernel that the program leaves out.
+
+
+def attend(parts, mask, kernel):
+    """-> output and gradients of attention of query to key and value, as error_of takes them."""
+    parts = [part.detach().requires_grad_() for part in parts]
+    with using(kernel):
+        y = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+    found = [y, *torch.autograd.grad(y.square().sum(), parts)]
+    names = ("output", "query", "key", "value")
+    return {name: part.detach().cpu().double() for name, part in zip(names, found)}
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [60, 63, 64, 144, 192])
+def test_what_cudnn_attention_does_with_our_masks(device, n, dtype):
+    """The program switches it off: gradients of queries were NaN for 64, 192, ... tokens where all
+    scores of a row lie below -88 (PyTorch's issue 196678). This prints whether they still are, and
+    what it makes of rows that may look at nothing. It asks only that the program's own is finite."""
+    other = "CUDNN_ATTENTION" if device == "cuda" else "MATH"
+    generator = torch.Generator().manual_seed(n)
+    ranks = torch.randint(0, 9, (4, 1, n), generator=generator)
+    source, _, memory = randsac.attention_masks(ranks)  # [4,1,n,n] each
+    memory_or_given = memory | (ranks == 0)[..., None]
+    masks = {"source": source, "memory": memory_or_given, "memory with empty rows": memory}
+    for low in (False, True):
+        # query, key and value, each [B,h,n,d]
+        drawn = torch.randn(3, 4, 2, n, 64, generator=generator, dtype=torch.double)
+        if low:  # every score, a product of query and key, is about -120
+            drawn[0, ..., 0] = 1
+            drawn[1, ..., 0] = -120 * 64**0.5
+        parts = [part.to(device, dtype) for part in drawn]
+        for name, mask in masks.items():
+            wanted = attend(drawn, mask, "MATH")
+            print(f"{other}, {n} tokens, {dtype}, {name}, low scores: {low}", end=" ")
+            try:
+                within(error_of(attend(parts, mask.to(device), other), wanted), 1)
+            except RuntimeError as error:
+                print(describe(error))
+            if name != "memory with empty rows":
+                own = attend(parts, mask.to(device), "program")
+                assert all(value.isfinite().all() for value in own.values()), (name, low)
+                near = ROUNDING[str(dtype).removeprefix("torch.")]
+                assert low or within(error_of(own, wanted), near), name
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="only CUDA has cuDNN's attention")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_what_a_model_would_get_of_cudnn_attention(precision):
+    for name in CASES:
+        model, images, ranks, trim, wanted = on("cuda", name)
+        print(f"{precision}, {name}", end=" ")
+        try:
+            found = outcome(model, images, ranks, trim, "CUDNN_ATTENTION", precision)
+            within(error_of(found, wanted), 1)
+        except RuntimeError as error:
+            print(describe(error))
