@@ -1,5 +1,5 @@
-"""Writes a hand-out for a class: this project with the bodies of eight functions of randsac.py
-taken out, which are seven exercises, and the tests that grade them.
+"""Writes a hand-out for a class: this project with nine functions of randsac.py emptied, which are
+eight exercises, the tests that grade them, and ASSIGNMENT.md, which tells students what to do.
 
     python tests/assignment.py --out DIR
 """
@@ -15,24 +15,25 @@ sys.path.insert(0, str(ROOT))
 from randsac import Parser, check, run_command, user_path
 
 EXERCISES = {  # number: section of the paper, functions of randsac.py
-    1: ("3.1", ["patchify"]),
+    1: ("3.1", ["patchify", "unpatchify"]),
     2: ("3.2", ["square_segments"]),
     3: ("3.2", ["nearest_gaussian"]),
     4: ("3.3", ["serialize"]),
     5: ("4.1", ["attention_masks"]),
     6: ("4.2", ["mix_skips"]),
-    7: ("5", ["normalize_patches", "token_loss"]),
+    7: ("5", ["normalize_patches"]),
+    8: ("5", ["token_loss"]),
 }
+# What is copied. Not the project's README, nor the explorer: they hold answers.
 FILES = [
-    "README.md",
     "LICENSE",
     "CITATION.cff",
     "requirements.txt",
-    "assets",
-    "randsac.py",
+    "assets/nano-cifar10",
+    "assets/segments.png",
+    "assets/hierarchy.png",
     "probe.py",
     "visualize.py",
-    "tests/conftest.py",
     "tests/test_exercises.py",
 ]
 
@@ -43,20 +44,19 @@ def find_functions(source):
     return {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
-def take_out(source, exercises):
-    """Source of randsac.py -> the same, where the bodies of these exercises are an error. Docstrings
-    stay, comments between them and the body go."""
+def take_out(source):
+    """Source of randsac.py -> the same, where the body of each exercise is an error. Docstrings
+    stay, and comments between them and the body go."""
     functions = find_functions(source)
     bodies = []
-    for number in exercises:
-        section, names = EXERCISES[number]
+    for number, (section, names) in EXERCISES.items():
         for name in names:
             docstring, *_, last = functions[name].body
             message = f"exercise {number} (Section {section}): write {name}, see its docstring"
             error = " " * docstring.col_offset + f'raise NotImplementedError("{message}")\n'
             bodies.append((docstring.end_lineno, last.end_lineno, error))
 
-    # From the last to the first, as lines above keep their numbers.
+    # From the last to the first, so that the numbers of the lines above stay right.
     lines = source.splitlines(keepends=True)
     for first, end, error in sorted(bodies, reverse=True):
         lines[first:end] = [error]
@@ -70,9 +70,9 @@ def main(arguments):
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help=words)
     out = parser.parse_args(arguments).out
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    check(free, f"{out} is there and not an empty directory: choose another --out")
+    check(free, f"{out} exists and is not an empty directory: choose another --out")
 
-    # Copy the project.
+    # Copy what stays as it is.
     for name in FILES:
         inside = (ROOT / name).rglob("*")  # of a folder
         for file in [ROOT / name, *inside]:
@@ -80,16 +80,18 @@ def main(arguments):
                 place = out / file.relative_to(ROOT)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place)
+    shutil.copyfile(ROOT / "tests/ASSIGNMENT.md", out / "ASSIGNMENT.md")
 
-    # Take the exercises out, and say what to do next.
+    # Take the exercises out.
     source = (ROOT / "randsac.py").read_text(encoding="utf-8")
-    (out / "randsac.py").write_text(take_out(source, EXERCISES), encoding="utf-8")
-    print(f"{out} is the hand-out, with these exercises in its randsac.py:")
-    for number, (section, names) in EXERCISES.items():
-        print(f"  {number}  Section {section:4} {', '.join(names)}")
-    print(f"Next: cd {out}")
-    print("      pytest -m exercise1   # grades the first; fails until it is solved")
-    print("      pytest                # grades all; when all pass, python randsac.py trains")
+    (out / "randsac.py").write_text(take_out(source), encoding="utf-8")
+
+    # Tell pytest where randsac.py is, which marks there are, and to show no more than helps.
+    settings = ["[pytest]", "pythonpath = .", "addopts = -q --tb=short", "markers ="]
+    settings += [f"    exercise{number}: grades exercise {number} alone" for number in EXERCISES]
+    (out / "pytest.ini").write_text("\n".join(settings) + "\n", encoding="utf-8")
+    print(f"{out} is the hand-out: ASSIGNMENT.md tells students what to do.")
+    print(f"Next: cd {out} && pytest   # fails until the exercises are solved")
 
 
 if __name__ == "__main__":

@@ -1,631 +1,323 @@
-"""The assignment: what the hand-out holds, that each exercise is graded alone, that wrong answers
-fail and other right ones pass."""
+"""The assignment: what the hand-out holds and gives away, that each exercise is graded alone, that
+wrong answers fail and other right ones pass."""
 
 import ast
-import functools
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-import types
+import textwrap
 
+import assignment
 import pytest
-from assignment import EXERCISES, ROOT, find_functions, main, take_out
-from conftest import command
+import test_exercises
+from assignment import EXERCISES, ROOT, find_functions, take_out
 
 import randsac
 
 SOURCE = (ROOT / "randsac.py").read_text(encoding="utf-8")
+NAMES = [name for _, names in EXERCISES.values() for name in names]
+RIGHT = {}
+EMPTY = {}
+for texts, source in ((RIGHT, SOURCE), (EMPTY, take_out(SOURCE))):
+    for name in NAMES:
+        text = ast.get_source_segment(source, find_functions(source)[name], padded=True)
+        texts[name] = textwrap.dedent(text)
 
 
 @pytest.fixture(scope="module")
 def hand_out(tmp_path_factory):
     out = tmp_path_factory.mktemp("class") / "new" / "hand-out"
-    result = command("tests/assignment.py", "--out", out, cwd=out.parent.parent)
-    assert result.returncode == 0, result.stderr
-    assert f"cd {out}" in result.stdout  # what to do next
-    assert "pytest -m exercise1" in result.stdout
+    assignment.main(["--out", str(out)])
     return out
 
 
-def load_grader(path):
-    """-> the grader as a module, its tests as {number of the exercise: [function]}."""
-    spec = importlib.util.spec_from_file_location("grader", path)
-    grader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(grader)
-    tests = {number: [] for number in EXERCISES}
-    for name, test in vars(grader).items():
+def grade(number, texts):
+    """Grades one exercise, with functions of these texts {name: text} in place of randsac's -> what
+    each of its tests raised, or None."""
+    tests = []
+    for name, test in vars(test_exercises).items():
         if name.startswith("test_"):
             (mark,) = test.pytestmark  # every test grades exactly one exercise
-            tests[int(mark.name.removeprefix("exercise"))].append(test)
-    return grader, tests
+            if mark.name == f"exercise{number}":
+                tests.append(test)
+    assert tests
 
-
-@functools.cache
-def load_solution(source):
-    solution = types.ModuleType("solution")
-    exec(compile(source, "solution.py", "exec"), vars(solution))  # noqa: S102
-    return solution
-
-
-def grade(hand_out, source, number):
-    """Grades one exercise of this randsac.py -> {name of a test: what it raised, or None}. Here, as
-    a process takes seconds."""
-    grader, tests = load_grader(hand_out / "tests/test_exercises.py")
-    grader.randsac = load_solution(source)
-    raised = {}
-    for test in tests[number]:
-        raised[test.__name__] = None
-        try:
-            test()
-        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (a student's)
-            raised[test.__name__] = error
+    raised = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in texts.items():
+            namespace = dict(vars(randsac))
+            exec(text, namespace)  # noqa: S102 (ours)
+            home = randsac if hasattr(randsac, name) else randsac.RandSAC
+            patch.setattr(home, name, namespace[name])
+        for test in tests:
+            try:
+                raised.append(test())
+            except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (a student's)
+                raised.append(error)
     return raised
-
-
-def all_pass(raised):
-    return len(raised) > 0 and not any(raised.values())
 
 
 # --- the hand-out
 
 
-def test_hand_out_is_the_project_without_eight_bodies(hand_out):
+def test_hand_out_is_the_project_without_nine_bodies(hand_out):
     files = {f.relative_to(hand_out).as_posix() for f in hand_out.rglob("*") if f.is_file()}
-    assets = {f.relative_to(ROOT).as_posix() for f in (ROOT / "assets").rglob("*") if f.is_file()}
-    programs = {"randsac.py", "probe.py", "visualize.py"}
-    papers = {"README.md", "LICENSE", "CITATION.cff", "requirements.txt"}
-    grading = {"tests/conftest.py", "tests/test_exercises.py"}
-    assert files == assets | programs | papers | grading
-    for name in files - {"randsac.py"}:
+    own = {"randsac.py", "ASSIGNMENT.md", "pytest.ini"}
+    assert files > own | {"requirements.txt", "assets/nano-cifar10/checkpoint.pt"}
+    assert files.isdisjoint({"README.md", "assets/explore.html"})  # they hold answers
+    for name in files - own:
         assert (hand_out / name).read_bytes() == (ROOT / name).read_bytes()
 
-
-def test_only_the_bodies_of_the_exercises_are_gone(hand_out):
-    names = [name for _, names in EXERCISES.values() for name in names]
-    assert len(names) == 8
-    everything = [n.name for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.FunctionDef)]
-    gone = set()
-    for name in names:
-        assert everything.count(name) == 1
-        docstring, *_, last = find_functions(SOURCE)[name].body
-        assert isinstance(docstring.value.value, str)
-        gone |= set(range(docstring.end_lineno + 1, last.end_lineno + 1))
-    kept = [line for n, line in enumerate(SOURCE.splitlines(), 1) if n not in gone]
-    handed_out = (hand_out / "randsac.py").read_text(encoding="utf-8")
-    lines = [line for line in handed_out.splitlines() if "raise NotImplementedError" not in line]
-    assert lines == kept  # signatures, docstrings, all
-    functions = find_functions(handed_out)
-    for name in names:
-        assert ast.get_docstring(functions[name]) == ast.get_docstring(find_functions(SOURCE)[name])
-        assert len(functions[name].body) == 2
-        assert isinstance(functions[name].body[1], ast.Raise)
-    assert handed_out.count("raise NotImplementedError") == 8
+    # In place of each body stands an error. All else is there, signatures and docstrings too.
+    assert len(NAMES) == 9
+    tree = ast.parse((hand_out / "randsac.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if getattr(node, "name", None) in NAMES:
+            assert [type(part) for part in node.body] == [ast.Expr, ast.Raise]
+            node.body[1:] = find_functions(SOURCE)[node.name].body[1:]
+    assert ast.dump(tree) == ast.dump(ast.parse(SOURCE))
 
 
-@pytest.mark.parametrize("number", EXERCISES)
-def test_an_exercise_fails_alone_and_passes_alone(hand_out, number):
-    # Right, though all others are empty.
-    solved = take_out(SOURCE, EXERCISES.keys() - {number})
-    for other, (section, _) in EXERCISES.items():
-        raised = grade(hand_out, solved, other)
-        if other == number:
-            assert all_pass(raised), raised
-            continue
-        for error in raised.values():
-            assert isinstance(error, NotImplementedError), (other, error)
-            assert f"exercise {other} (Section {section})" in str(error)
-
-    # Empty, though all others are right: each function is asked for.
-    missing = take_out(SOURCE, [number])
-    raised = grade(hand_out, missing, number)
-    assert all(isinstance(error, NotImplementedError) for error in raised.values())
-    for name in EXERCISES[number][1]:
-        assert any(f"write {name}," in str(error) for error in raised.values())
-    for other in EXERCISES.keys() - {number}:
-        assert all_pass(grade(hand_out, missing, other))
-
-
-def pytest_in(folder, *arguments):
-    """-> exit code, the names of tests that passed, that failed, and the output."""
-    words = [sys.executable, "-m", "pytest", "-q", "-rA", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    result = subprocess.run(
-        words, check=False, cwd=folder, env=env, timeout=120, capture_output=True, text=True
-    )
-    passed = set(re.findall(r"^PASSED \S+::(\w+)", result.stdout, re.MULTILINE))
-    failed = set(re.findall(r"^FAILED \S+::(\w+)", result.stdout, re.MULTILINE))
-    return result.returncode, passed, failed, result.stdout
+def test_the_sheet_names_what_is_there(hand_out):
+    sheet = (hand_out / "ASSIGNMENT.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((.*?)\)", sheet)) == {"https://arxiv.org/abs/2203.12054"}
+    for name in re.findall(r"assets/[\w/.-]+|\w+\.py", sheet):
+        assert (hand_out / name).exists() or name == "leak.py", name
+    points = 0
+    parts = sheet.split("\n## Exercise ")[1:]
+    for part, number in zip(parts, [*EXERCISES, 9], strict=True):  # the ninth is open
+        heading = part.splitlines()[0]
+        assert heading.startswith(f"{number}: ")
+        points += int(re.search(r" minutes, (\d+) points", heading)[1])
+        if number in EXERCISES:
+            section, names = EXERCISES[number]
+            assert f"(Section {section})" in heading
+            assert f"pytest -m exercise{number}\n" in part
+            for name in names:
+                assert EMPTY[name].splitlines()[0] in part
+    assert points == 100
 
 
 def test_pytest_grades_the_hand_out(hand_out):
-    _, tests = load_grader(hand_out / "tests/test_exercises.py")
-    third = {test.__name__ for test in tests[3]}
-    fourth = {test.__name__ for test in tests[4]}
-
-    # A student has solved the third.
-    empty = (hand_out / "randsac.py").read_text(encoding="utf-8")
-    solved = take_out(SOURCE, EXERCISES.keys() - {3})
-    try:
-        (hand_out / "randsac.py").write_text(solved, encoding="utf-8")
-        code, passed, failed, output = pytest_in(hand_out, "-m", "exercise3 or exercise4")
-    finally:
-        (hand_out / "randsac.py").write_text(empty, encoding="utf-8")
-    assert code == 1
-    assert passed == third, output
-    assert failed == fourth, output
-    assert "exercise 4 (Section 3.3): write serialize" in output
+    # A student has solved the seventh exercise.
+    program = hand_out / "randsac.py"
+    empty = program.read_text(encoding="utf-8")
+    solved = empty.replace(EMPTY["normalize_patches"], RIGHT["normalize_patches"])
+    program.write_text(solved, encoding="utf-8")
+    words = [sys.executable, "-m", "pytest", "-rA", "-m", "exercise7 or exercise8"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    run = {"cwd": hand_out, "env": env, "capture_output": True, "text": True}
+    result = subprocess.run(words, check=False, **run)
+    program.write_text(empty, encoding="utf-8")
+    output = result.stdout
+    assert result.returncode == 1
+    assert re.findall(r"^PASSED \S+::(\w+)", output, re.MULTILINE) == [
+        "test_each_patch_is_normalized_by_its_own_mean_and_variance"
+    ]
+    assert len(re.findall(r"^FAILED", output, re.MULTILINE)) == 4
+    assert "exercise 8 (Section 5): write token_loss" in output
     assert "Unknown pytest.mark" not in output
 
 
-def test_directory_in_use_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_directory_in_use_and_wrong_flags_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "notes.txt"):
-        monkeypatch.setattr(sys, "argv", ["assignment.py", "--out", str(place)])
-        with pytest.raises(SystemExit) as ended:
-            randsac.run_command(main)
-        assert ended.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {place} is there and not an empty directory")
-        assert "--out" in line
+        with pytest.raises(randsac.UserError, match="is not an empty directory: choose another"):
+            assignment.main(["--out", str(place)])
+    for flags in ([], ["--out"], ["--out", str(tmp_path / "new"), "--grade"]):
+        with pytest.raises(randsac.UserError, match="--help"):
+            assignment.main(flags)
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    main(["--out", str(tmp_path / "empty")])
+    assignment.main(["--out", str(tmp_path / "empty")])
     assert (tmp_path / "empty/randsac.py").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--out"], ["--out", "new", "--grade"], ["--ou", "new"]])
-def test_wrong_flags_are_refused_in_a_line(tmp_path, monkeypatch, flags):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(randsac.UserError, match="--help"):
-        main(flags)
-    assert list(tmp_path.iterdir()) == []
+# --- grading
 
 
-# --- typical wrong answers: the exercise, the mistake, what stands in the right answer (-), what a
-# --- student might write in its place (+), and the error (!) where no test of the grader says it
+@pytest.mark.parametrize("number", EXERCISES)
+def test_an_exercise_fails_alone_and_passes_alone(number):
+    section, names = EXERCISES[number]
+    others = {name: text for name, text in EMPTY.items() if name not in names}
+    assert not any(grade(number, others))  # all others are empty
+    errors = grade(number, {name: EMPTY[name] for name in names})
+    for error in errors:
+        assert isinstance(error, NotImplementedError)
+    for name in names:
+        words = f"exercise {number} (Section {section}): write {name}, "
+        assert any(words in str(error) for error in errors)
 
+
+# Typical wrong answers: an exercise and code of the right answer; then what a student might write in
+# its place, with the mistake, and what an error says (!) where no test of the grader foresees it.
 WRONG = """
-1 rows and columns of the grid swapped
-- x = x.permute(0, 2, 4, 3, 5, 1)
-+ x = x.permute(0, 4, 2, 3, 5, 1)
-
-1 rows and columns in a patch swapped
-- x = x.permute(0, 2, 4, 3, 5, 1)
-+ x = x.permute(0, 2, 4, 5, 3, 1)
-
-1 channels first in a token
-- x = x.permute(0, 2, 4, 3, 5, 1)
-+ x = x.permute(0, 2, 4, 1, 3, 5)
-
-1 reshape without permute
-- x = x.permute(0, 2, 4, 3, 5, 1)
-+ pass
-
-1 wrong patch size not refused
-- check(H % P == 0 and W % P == 0,
-+ check(True,
-! RuntimeError("shape
-
-1 only the height checked
-- check(H % P == 0 and W % P == 0,
-+ check(H % P == 0,
-! RuntimeError("shape
-
-2 M is the number of squares along a side
-- M = grid // math.isqrt(count)
-+ M = math.isqrt(count)
-
-2 M is the count
-- M = grid // math.isqrt(count)
-+ M = min(grid, count)
-
-2 tokens of a square lie apart
-- square = torch.arange(grid) // M
-+ square = torch.arange(grid) % (grid // M)
-
-2 strips in place of squares
-- return ids.flatten()
-+ return torch.arange(grid**2) // M**2
-
-2 squares of a diagonal share an id
-- ids = square[:, None] * (grid // M) + square
-+ ids = square[:, None] + square
-
-2 ids of a row of squares count M, not grid / M
-- ids = square[:, None] * (grid // M) + square
-+ ids = square[:, None] * M + square
-
-2 ids beyond N
-- ids = square[:, None] * (grid // M) + square
-+ ids = square[:, None] * grid**2 + square
-
-2 a grid of ids in place of a row
-- return ids.flatten()
-+ return ids
-
-3 Euclidean distance
-- torch.stack([along, across], -1) / deviation[:, None]
-+ torch.stack([along, across], -1)
-
-3 rotation the wrong way
-- along = x * cos + y * sin
-+ along = x * cos - y * sin
-- across = y * cos - x * sin
-+ across = y * cos + x * sin
-
-3 no rotation
-- torch.stack([along, across], -1)
-+ torch.stack([x, y], -1)
-
-3 one axis turned, the other not
-- across = y * cos - x * sin
-+ across = y
-
-3 deviation not squared
-- in_deviations = torch.stack([along, across], -1) / deviation[:, None]
-+ in_deviations = torch.stack([along, across], -1) / deviation[:, None].sqrt()
-
-3 deviation twice squared
-- torch.stack([along, across], -1) / deviation[:, None]
-+ torch.stack([along, across], -1) / deviation[:, None].square()
-
-3 deviations along y and x
-- torch.stack([along, across], -1) / deviation[:, None]
-+ torch.stack([along, across], -1) / deviation[:, None].flip(-1)
-
-3 points are y and x
-- x, y = offset.unbind(-1)
-+ y, x = offset.unbind(-1)
-
-3 densest in place of nearest
-- return in_deviations.square().sum(-1).argmin(-1)
-+ surprise = in_deviations.square().sum(-1) + 2 * deviation[:, None].log().sum(-1)
-+ return surprise.argmin(-1)
-
-3 the larger of two distances, not both
-- in_deviations.square().sum(-1)
-+ in_deviations.square().amax(-1)
-
-3 farthest
-- .argmin(-1)
-+ .argmax(-1)
-
-3 nearest point of each Gaussian
-- .argmin(-1)
-+ .argmin(1)
-
-4 partitions not finished: finest level only
-- for ids in reversed(levels):
-+ for ids in levels[:1]:
-
-4 partitions not finished: fine before coarse
-- for ids in reversed(levels):
-+ for ids in levels:
-
-4 partitions not finished: middle level left out
-- for ids in reversed(levels):
-+ for ids in levels[:0:-1][:1] + levels[:1]:
-
-4 partitions not finished: sorted by place first
-- ranks = dense(ranks * N + place.gather(1, ids))
-+ ranks = dense(ranks + N * place.gather(1, ids))
-
-4 finest level left out
-- for ids in reversed(levels):
-+ for ids in levels[:0:-1] or levels:
-
-4 ranks not dense
-- ranks = dense(ranks * N + place.gather(1, ids))
-+ ranks = ranks * N + place.gather(1, ids)
-
-4 every token its own rank
-- place.gather(1, ids)
-+ place
-
-4 raster by id
-- place = torch.full_like(ids, N).scatter_reduce(1, ids, token, "amin")
-+ place = token
-
-4 raster by last token
-- place = torch.full_like(ids, N).scatter_reduce(1, ids, token, "amin")
-+ place = torch.zeros_like(ids).scatter_reduce(1, ids, token, "amax")
-
-4 one order for the whole batch
-- place = permutations(B, N, device, generator)
-+ place = permutations(1, N, device, generator).expand(B, N)
-
-4 orders only rotated
-- place = permutations(B, N, device, generator)
-+ place = (torch.arange(N) + torch.randint(N, (B, 1), generator=generator)) % N
-
-4 one coin for all partitions
-- place = permutations(B, N, device, generator)
-+ place = torch.arange(N) * (1 - 2 * torch.randint(2, (B, 1), generator=generator))
-
-4 generator not used
-- place = permutations(B, N, device, generator)
-+ place = permutations(B, N, device)
-
-4 always raster
-- if order == "random":
-+ if order == "rando":
-
-4 always random
-- if order == "random":
-+ if order:
-
-5 source: off by one
-- source = i >= j
-+ source = i >= j - 1
-
-5 source: strict
-- source = i >= j
-+ source = i > j
-
-5 source: transposed
-- source = i >= j
-+ source = i <= j
-
-5 target: off by one
-- target = (i >= j) & (j >= 1)
-+ target = (i >= j) & (j > 1)
-
-5 target: strict
-- target = (i >= j) & (j >= 1)
-+ target = (i > j) & (j >= 1)
-
-5 target: transposed
-- target = (i >= j) & (j >= 1)
-+ target = (j >= i) & (i >= 1)
-
-5 target: without j >= 1
-- target = (i >= j) & (j >= 1)
-+ target = i >= j
-
-5 target: i >= 1 in place of j >= 1
-- target = (i >= j) & (j >= 1)
-+ target = (i >= j) & (i >= 1)
-
-5 target: the given look at everything
-- target = (i >= j) & (j >= 1)
-+ target = (i >= j) & (j >= 1) | (i == 0)
-
-5 memory: not strict
-- memory = i > j
-+ memory = i >= j
-
-5 memory: off by one
-- memory = i > j
-+ memory = i > j + 1
-
-5 memory: transposed
-- memory = i > j
-+ memory = i < j
-
-5 memory: without rank 0
-- memory = i > j
-+ memory = (i > j) & (j >= 1)
-
-5 memory: the given look at everything
-- memory = i > j
-+ memory = (i > j) | (i == 0)
-
-5 target and memory swapped
-- return source, target, memory
-+ return source, memory, target
-
-5 True where attention is forbidden
-- return source, target, memory
-+ return ~source, ~target, ~memory
-
-5 numbers in place of bool
-- return source, target, memory
-+ return source.float(), target.float(), memory.float()
-
-5 no batch
-- i = ranks[..., :, None]
-+ i = ranks[0, :, None]
-- j = ranks[..., None, :]
-+ j = ranks[0, None, :]
-
-5 only a batch
-- i = ranks[..., :, None]
-+ i = ranks[:, :, None]
-- j = ranks[..., None, :]
-+ j = ranks[:, None, :]
-! IndexError('too many indices
-
-6 W transposed
-- torch.einsum("lk,kbnd->lbnd", self.skip, H)
-+ torch.einsum("kl,kbnd->lbnd", self.skip, H)
-! RuntimeError('einsum()
-
-6 last layer only
-- return Z.unbind()
-+ return [layers[-1]] * len(self.decoder)
-
-6 last column of W only
-- return Z.unbind()
-+ return [w[-1] * layers[-1] for w in self.skip]
-
-6 W through a softmax
-- torch.einsum("lk,kbnd->lbnd", self.skip, H)
-+ torch.einsum("lk,kbnd->lbnd", self.skip.softmax(-1), H)
-
-6 W without gradient
-- torch.einsum("lk,kbnd->lbnd", self.skip, H)
-+ torch.einsum("lk,kbnd->lbnd", self.skip.detach(), H)
-
-6 mean in place of sum
-- return Z.unbind()
-+ return (Z / len(layers)).unbind()
-
-6 layers from last to first
-- H = torch.stack(layers)
-+ H = torch.stack(layers[::-1])
-
-6 one memory for all decoder layers
-- return Z.unbind()
-+ return [Z.sum(0)]
-
-6 a memory for each sample, not each layer
-- return Z.unbind()
-+ return Z.unbind(1)
-
-6 --no-skip: first layer
-- return [layers[-1]] * len(self.decoder)
-+ return [layers[0]] * len(self.decoder)
-
-6 --no-skip: the last layers
-- return [layers[-1]] * len(self.decoder)
-+ return layers[-len(self.decoder) :]
-
-6 --no-skip: one memory
-- return [layers[-1]] * len(self.decoder)
-+ return [layers[-1]]
-
-6 --no-skip forgotten
-- if not self.config.skip:
-+ if False:
-! AttributeError("'RandSAC' object has no attribute 'skip'")
-
-7 normalized over the batch
-- mean = tokens.mean(-1, keepdim=True)
-+ mean = tokens.mean(0, keepdim=True)
-- variance = tokens.var(-1, keepdim=True)
-+ variance = tokens.var(0, keepdim=True)
-
-7 normalized over the image
-- mean = tokens.mean(-1, keepdim=True)
-+ mean = tokens.mean((-2, -1), keepdim=True)
-- variance = tokens.var(-1, keepdim=True)
-+ variance = tokens.var((-2, -1), keepdim=True)
-
-7 mean not taken off
-- return (tokens - mean)
-+ return tokens
-
-7 biased variance
-- variance = tokens.var(-1, keepdim=True)
-+ variance = tokens.var(-1, correction=0, keepdim=True)
-
-7 divided by the variance
-- / (variance + 1e-6).sqrt()
-+ / (variance + 1e-6)
-
-7 nothing added to the variance
-- / (variance + 1e-6).sqrt()
-+ / variance.sqrt()
-
-7 1e-6 added to the deviation
-- / (variance + 1e-6).sqrt()
-+ / (variance.sqrt() + 1e-6)
-
-7 mean over all tokens
-- loss = (error * scored).sum(1) / scored.sum(1).clamp(min=1)
-+ loss = (error * scored).mean(1)
-
-7 rank 0 scored
-- scored = (ranks >= 1).float()
-+ scored = (ranks >= 0).float()
-
-7 rank 1 not scored
-- scored = (ranks >= 1).float()
-+ scored = (ranks > 1).float()
-
-7 sum over the batch
-- return loss.mean()
-+ return loss.sum()
-
-7 sum over a sample's tokens
-- loss = (error * scored).sum(1) / scored.sum(1).clamp(min=1)
-+ loss = (error * scored).sum(1)
-
-7 mean over all predicted tokens of the batch
-- loss = (error * scored).sum(1) / scored.sum(1).clamp(min=1)
-+ loss = (error * scored).sum() / scored.sum().clamp(min=1)
-
-7 samples that predict nothing left out
-- return loss.mean()
-+ return loss[scored.sum(1) > 0].mean()
-
-7 divided by nothing
-- scored.sum(1).clamp(min=1)
-+ scored.sum(1)
-
-7 gradient divided by nothing
-- loss = (error * scored).sum(1) / scored.sum(1).clamp(min=1)
-+ mean = (error * scored).sum(1) / scored.sum(1)
-+ loss = torch.where(scored.sum(1) > 0, mean, torch.zeros(len(ranks)))
-
-7 one loss for each sample
-- return loss.mean()
-+ return loss
-
-7 sum over a token's values
-- (prediction - target).square().mean(-1)
-+ (prediction - target).square().sum(-1)
-
-7 absolute error
-- (prediction - target).square().mean(-1)
-+ (prediction - target).abs().mean(-1)
+1 x = x.permute(0, 2, 4, 3, 5, 1)
+  x = x.permute(0, 4, 2, 3, 5, 1)  # rows and columns of the grid swapped
+  x = x.permute(0, 2, 4, 5, 3, 1)  # rows and columns in a patch swapped
+  x = x.permute(0, 2, 4, 1, 3, 5)  # channels first in a token
+  pass  # reshape without permute
+1 check(H % P == 0 and W % P == 0,
+  check(True,  # wrong patch size not refused ! RuntimeError("shape
+  check(H % P == 0,  # only the height checked ! RuntimeError("shape
+1 x = x.permute(0, 5, 1, 3, 2, 4)
+  x = x.permute(0, 5, 2, 3, 1, 4)  # rows and columns of the grid swapped
+  x = x.permute(0, 5, 1, 4, 2, 3)  # rows and columns in a patch swapped
+  x = x.permute(0, 5, 3, 1, 4, 2)  # the axes of grid and patch swapped
+  x = x.permute(0, 1, 3, 2, 4, 5)  # channels last
+  pass  # reshape without permute
+2 M = grid // math.isqrt(count)
+  M = math.isqrt(count)  # M is the number of squares along a side
+  M = min(grid, count)  # M is the count
+2 square = torch.arange(grid) // M
+  square = torch.arange(grid) % (grid // M)  # tokens of a square lie apart
+2 return ids.flatten()
+  return torch.arange(grid**2) // M**2  # strips in place of squares
+  return ids  # a grid of ids in place of a row
+2 ids = square[:, None] * (grid // M) + square
+  ids = square[:, None] + square  # squares of a diagonal share an id
+  ids = square[:, None] * M + square  # ids of a row of squares count M, not grid / M
+  ids = square[:, None] * grid**2 + square  # ids beyond N
+3 / deviation[:, None]
+  / 1  # Euclidean distance
+  / deviation[:, None].square()  # deviation twice squared
+  / deviation[:, None].sqrt()  # deviation not squared
+  / deviation[:, None].flip(-1)  # deviations along y and x
+3 across = y * cos - x * sin
+  along = x * cos - y * sin; across = y * cos + x * sin  # rotation the wrong way
+  across = y  # one axis turned, the other not
+3 torch.stack([along, across], -1)
+  torch.stack([x, y], -1)  # no rotation
+3 x, y = offset.unbind(-1)
+  y, x = offset.unbind(-1)  # points are y and x
+3 in_deviations.square().sum(-1)
+  (in_deviations.square() + 2 * deviation[:, None].log()).sum(-1)  # densest in place of nearest
+  in_deviations.square().amax(-1)  # the larger of two distances, not both
+3 .argmin(-1)
+  .argmax(-1)  # farthest
+  .argmin(1)  # nearest point of each Gaussian
+4 for ids in reversed(levels):
+  for ids in levels[:1]:  # partitions not finished: finest level only
+  for ids in levels:  # partitions not finished: fine before coarse
+  for ids in levels[:0:-1][:1] + levels[:1]:  # partitions not finished: middle level left out
+  for ids in levels[:0:-1] or levels:  # finest level left out
+4 ranks = dense(ranks * N + place.gather(1, ids))
+  ranks = dense(ranks + N * place.gather(1, ids))  # partitions not finished: sorted by place first
+  ranks = ranks * N + place.gather(1, ids)  # ranks not dense
+4 place.gather(1, ids)
+  place  # every token its own rank
+4 place = torch.full_like(ids, N).scatter_reduce(1, ids, token, "amin")
+  place = token  # raster by id
+  place = torch.zeros_like(ids).scatter_reduce(1, ids, token, "amax")  # raster by last token
+4 place = permutations(B, N, device, generator)
+  place = permutations(1, N).expand(B, N)  # one order for all ! each sample draws its own order
+  place = (torch.arange(N) + torch.randint(N, (B, 1), generator=generator)) % N  # rotations only
+  place = torch.arange(N) * (2 * torch.randint(2, (B, 1), generator=generator) - 1)  # one coin
+  place = permutations(B, N, device)  # generator not used
+4 if order == "random":
+  if order == "rando":  # always raster
+  if order:  # always random
+5 source = i >= j
+  source = i >= j - 1  # off by one
+  source = i > j  # strict
+  source = i <= j  # transposed
+5 target = (i >= j) & (j >= 1)
+  target = (i >= j) & (j > 1)  # off by one
+  target = (i > j) & (j >= 1)  # strict
+  target = (j >= i) & (i >= 1)  # transposed
+  target = i >= j  # without j >= 1
+  target = (i >= j) & (i >= 1)  # i >= 1 in place of j >= 1
+  target = (i >= j) & (j >= 1) | (i == 0)  # the given look at everything
+5 memory = i > j
+  memory = i >= j  # not strict
+  memory = i > j + 1  # off by one
+  memory = i < j  # transposed
+  memory = (i > j) & (j >= 1)  # without rank 0
+  memory = (i > j) | (i == 0)  # the given look at everything
+5 return source, target, memory
+  return source, memory, target  # target and memory swapped
+  return ~source, ~target, ~memory  # True where attention is forbidden
+  return source.float(), target.float(), memory.float()  # numbers in place of bool
+5 j = ranks[..., None, :]
+  i = ranks[0, :, None]; j = ranks[0, None, :]  # no batch
+  i = ranks[:, :, None]; j = ranks[:, None, :]  # only a batch ! IndexError('too many indices
+6 torch.einsum("lk,kbnd->lbnd", self.skip, H)
+  torch.einsum("kl,kbnd->lbnd", self.skip, H)  # W transposed ! RuntimeError('einsum()
+  torch.einsum("lk,kbnd->lbnd", self.skip.softmax(-1), H)  # W through a softmax
+  torch.einsum("lk,kbnd->lbnd", self.skip.detach(), H)  # W without gradient
+6 return Z.unbind()
+  return [layers[-1]] * len(self.decoder)  # last layer only
+  return [w[-1] * layers[-1] for w in self.skip]  # last column of W only
+  return (Z / len(layers)).unbind()  # mean in place of sum
+  return [Z.sum(0)]  # one memory for all decoder layers
+  return Z.unbind(1)  # a memory for each sample, not each layer
+6 H = torch.stack(layers)
+  H = torch.stack(layers[::-1])  # layers from last to first
+6 return [layers[-1]] * len(self.decoder)
+  return [layers[0]] * len(self.decoder)  # --no-skip: first layer
+  return layers[-len(self.decoder) :]  # --no-skip: the last layers
+  return [layers[-1]]  # --no-skip: one memory
+6 if not self.config.skip:
+  if False:  # --no-skip forgotten ! AttributeError("'RandSAC' object has no attribute 'skip'")
+7 variance = tokens.var(-1, keepdim=True)
+  mean = tokens.mean(0, keepdim=True); variance = tokens.var(0, keepdim=True)  # over the batch
+  mean = tokens.mean((1, 2), True); variance = tokens.var((1, 2), keepdim=True)  # over the image
+  variance = tokens.var(-1, correction=0, keepdim=True)  # biased variance
+7 return (tokens - mean)
+  return tokens  # mean not taken off
+7 / (variance + 1e-6).sqrt()
+  / (variance + 1e-6)  # divided by the variance
+  / variance.sqrt()  # nothing added to the variance
+  / (variance.sqrt() + 1e-6)  # 1e-6 added to the deviation
+8 loss = (error * scored).sum(1) / scored.sum(1).clamp(min=1)
+  loss = (error * scored).mean(1)  # mean over all tokens
+  loss = (error * scored).sum(1)  # sum over a sample's tokens
+  loss = (error * scored).sum() / scored.sum().clamp(min=1)  # one mean over tokens and samples
+  n = scored.sum(1); loss = torch.where(n > 0, (error * scored).sum(1) / n, 0.0)  # gradient: 0 / 0
+8 scored = (ranks >= 1).float()
+  scored = (ranks >= 0).float()  # rank 0 scored
+  scored = (ranks > 1).float()  # rank 1 not scored
+8 return loss.mean()
+  return loss.sum()  # sum over the batch
+  return loss[scored.sum(1) > 0].mean()  # samples that predict nothing left out
+  return loss  # one loss for each sample
+8 scored.sum(1).clamp(min=1)
+  scored.sum(1)  # divided by nothing
+8 (prediction - target).square().mean(-1)
+  (prediction - target).square().sum(-1)  # sum over a token's values
+  (prediction - target).abs().mean(-1)  # absolute error
 """
 
 
-@functools.cache
-def all_but(number):
-    """-> source of randsac.py in which this exercise alone is solved, the text of each of its
-    functions."""
-    source = take_out(SOURCE, EXERCISES.keys() - {number})
-    functions = find_functions(source)
-    names = EXERCISES[number][1]
-    return source, [ast.get_source_segment(source, functions[name]) for name in names]
+def wrong_answers():
+    """-> (number of the exercise, right code, wrong code, mistake, what an error says)."""
+    found = []
+    for line in WRONG.strip().splitlines():
+        if not line.startswith("  "):
+            number, right = line.split(" ", 1)
+            continue
+        wrong, words = line.strip().split("  # ")
+        mistake, _, error = words.partition(" ! ")
+        values = (int(number), right, wrong, error)
+        found.append(pytest.param(*values, id=f"{number} {mistake}"))
+    return found
 
 
-def make_wrong(number, edits):
-    """-> source of randsac.py in which this exercise alone is solved, by a wrong answer."""
-    source, texts = all_but(number)
-    for right, wrong in edits:
-        (text,) = [text for text in texts if right in text]
-        assert text.count(right) == 1, "randsac.py has changed: the wrong answers have to follow it"
-        (line,) = [line for line in text.splitlines() if right in line]
-        indent = "\n" + " " * (len(line) - len(line.lstrip()))
-        assert indent.join(wrong) != right
-        changed = text.replace(right, indent.join(wrong))
-        source = source.replace(text, changed)
-        texts = [changed if other == text else other for other in texts]
-    return source
-
-
-@pytest.mark.parametrize("block", WRONG.strip().split("\n\n"), ids=lambda b: b.splitlines()[0])
-def test_a_typical_wrong_answer_fails(hand_out, block):
-    title, *lines = block.splitlines()
-    edits = []
-    crash = None
-    for line in lines:
-        if line.startswith("- "):
-            edits.append((line[2:], []))
-        elif line.startswith("+ "):
-            edits[-1][1].append(line[2:])
-        else:
-            assert line.startswith("! ")
-            crash = line[2:]
-    number = int(title[0])
-    raised = grade(hand_out, make_wrong(number, edits), number).values()
-    errors = [error for error in raised if error]
+@pytest.mark.parametrize("number, right, wrong, said", wrong_answers())
+def test_a_typical_wrong_answer_fails(number, right, wrong, said):
+    (name,) = [name for name in EXERCISES[number][1] if right in RIGHT[name]]
+    assert RIGHT[name].count(right) == 1, "randsac.py has changed: the wrong answers have to follow"
+    errors = [error for error in grade(number, {name: RIGHT[name].replace(right, wrong)}) if error]
     assert errors
+    assert any(said in repr(error) for error in errors)
     for error in errors:
-        if type(error) not in (AssertionError, pytest.fail.Exception):
-            assert crash, repr(error)
-            assert crash in repr(error)
-    assert not crash or any(crash in repr(error) for error in errors)
+        foreseen = isinstance(error, (AssertionError, pytest.fail.Exception))
+        assert foreseen or said, repr(error)
 
 
-# --- other right answers than the project's own, as a student might write them
-
+# Other right answers than the project's own, as a student might write them.
 SOLUTIONS = {
     1: """
 def patchify(images, patch_size):
@@ -639,6 +331,18 @@ def patchify(images, patch_size):
             patch = images[:, :, y : y + P, x : x + P]
             tokens.append(patch.permute(0, 2, 3, 1).flatten(1))
     return torch.stack(tokens, 1)
+
+
+def unpatchify(tokens, patch_size):
+    P = patch_size
+    side = P * math.isqrt(tokens.shape[1])
+    images = torch.empty(len(tokens), tokens.shape[2] // P**2, side, side, dtype=tokens.dtype)
+    for n in range(tokens.shape[1]):
+        y = n // (side // P) * P
+        x = n % (side // P) * P
+        patch = tokens[:, n].unflatten(1, (P, P, -1))
+        images[:, :, y : y + P, x : x + P] = patch.permute(0, 3, 1, 2)
+    return images
 """,
     2: """
 def square_segments(grid, count):
@@ -688,17 +392,14 @@ def mix_skips(self, layers):
     if self.config.skip:
         return [sum(w * H for w, H in zip(row, layers)) for row in self.skip]
     return [layers[-1] for _ in self.decoder]
-
-
-RandSAC.mix_skips = mix_skips
 """,
     7: """
 def normalize_patches(tokens):
     centred = tokens - tokens.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / (tokens.shape[-1] - 1)
     return centred / torch.sqrt(variance + 1e-6)
-
-
+""",
+    8: """
 def token_loss(prediction, target, ranks):
     losses = []
     for p, t, r in zip(prediction, target, ranks):
@@ -712,9 +413,6 @@ def token_loss(prediction, target, ranks):
 
 
 @pytest.mark.parametrize("number", SOLUTIONS)
-def test_another_right_answer_passes(hand_out, number):
-    empty = take_out(SOURCE, EXERCISES)
-    raised = grade(
-        hand_out, empty.replace("\nif __name__", SOLUTIONS[number] + "\nif __name__"), number
-    )
-    assert all_pass(raised), raised
+def test_another_right_answer_passes(number):
+    names = EXERCISES[number][1]
+    assert not any(grade(number, {name: SOLUTIONS[number] for name in names}))
