@@ -6,7 +6,7 @@ predicted. Tokens of one rank form a segment: they are predicted together, from 
 lower rank. Rank 0 is given and never predicted. The strategies of the paper differ only in how
 they fill in the ranks, and its three attention masks are three comparisons of ranks.
 
-    images --augment--> images --patchify--> tokens [B,N,P*P*3]
+    images --crop--> images --patchify--> tokens [B,N,P*P*3]
     strategy --sample_ranks--> ranks [B,N]
     (tokens, ranks) --> encoder -- H1..HL --> skips -- Z1..ZM --> decoder --> tokens of rank >= 1
 
@@ -27,10 +27,12 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -43,11 +45,6 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import maximum, minimum, nn
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows, where training is for WSL
-    fcntl = None
 
 
 class UserError(ValueError):
@@ -287,8 +284,12 @@ class Attention(nn.Module):
 
     def forward(self, x, memory, mask=None):
         q, k, v = self.split(x, memory)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B,h,n,d]
-        return self.out(y.transpose(1, 2).flatten(2))  # [B,n,D]
+        # A CPU's kernel is slow backward in bfloat16 (torch 2.14.1): there it gets float32.
+        if q.is_cpu and q.dtype == torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B,h,n,d]
+        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))  # [B,n,D]
 
 
 def mlp(dim):
@@ -503,20 +504,14 @@ def token_loss(prediction, target, ranks):
 # 6. Configuration. The paper leaves the sizes of its CIFAR model, the optimizer and the learning
 # rate to a supplement: these are our choices.
 
-# What --model fills in where nothing else is said; nano's small batch suits short runs on a CPU.
+# What --model fills in where nothing else is said.
 MODELS = {
-    "nano": {
-        "dim": 128,
-        "depth": 6,
-        "heads": 4,
-        "decoder_depth": 1,
-        "lr": 5.6e-3,
-        "batch_size": 32,
-    },
+    "nano": {"dim": 128, "depth": 6, "heads": 4, "decoder_depth": 1, "lr": 5.6e-3},
     "tiny": {"dim": 192, "depth": 12, "heads": 3, "decoder_depth": 4, "lr": 1e-3},
     "small": {"dim": 384, "depth": 12, "heads": 6, "decoder_depth": 4, "lr": 5e-4},
     "base": {"dim": 768, "depth": 12, "heads": 12, "decoder_depth": 8, "lr": 1.5e-4},
 }
+MODELS["nano"]["batch_size"] = 32  # a small batch suits short runs on a CPU
 # What --dataset fills in: shapes for a laptop, the others for one GPU.
 DATASETS = {
     "shapes": {"model": "nano", "epochs": 3, "batch_size": 128, "data_dir": ""},
@@ -528,9 +523,8 @@ DATASETS = {
 HIERARCHIES = {"patch": (), "square": (16, 4), "blob": (11, 5), "scatter": (9,), "mae": ()}
 
 
-def flag(default, help, choices=(), low=0):
-    metadata = {"help": help, "choices": tuple(choices), "low": low}
-    return dataclasses.field(default=default, metadata=metadata)
+def flag(default, help, choices=()):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
 
 
 def flag_name(field_name):
@@ -544,32 +538,37 @@ class Config:
 
     dataset: str = flag("shapes", "what to train on", DATASETS)
     data_dir: str = flag(None, "where images are or go: folder takes train/CLASS/ and test/CLASS/")
-    image_size: int = flag(32, "side of an image in pixels", low=1)
-    patch_size: int = flag(4, "side P of a patch (token) in pixels; 1: as iGPT", low=1)
+    image_size: int = flag(32, "side of an image in pixels")
+    patch_size: int = flag(4, "side P of a patch (token) in pixels; 1: as iGPT")
     segments: str = flag("square", "how tokens form segments (Section 3.2)", HIERARCHIES)
     hierarchy: tuple = flag(None, "how many segments, partitions, ... (Section 3.3), as 16 4")
     order: str = flag("random", "new each time, or row by row", ("random", "raster"))
     last_rank: int = flag(0, "predict all later segments with this one; 0: none (the paper)")
     model: str = flag(None, "size of the model: fills in the flags from dim to lr", MODELS)
-    dim: int = flag(None, "width of encoder and decoder", low=1)
-    depth: int = flag(None, "encoder layers", low=1)
-    heads: int = flag(None, "attention heads", low=1)
-    decoder_depth: int = flag(None, "decoder layers", low=1)
+    dim: int = flag(None, "width of encoder and decoder")
+    depth: int = flag(None, "encoder layers")
+    heads: int = flag(None, "attention heads")
+    decoder_depth: int = flag(None, "decoder layers")
     lr: float = flag(None, "peak learning rate for each 256 images of the batch")
     skip: bool = flag(True, "trainable skip connections (Section 4.2; Tables 1 to 6: none)")
     target: str = flag(None, "what is predicted (Section 5)", ("normalized", "pixels"))
     crop_scale: float = flag(0.3, "smallest share of the image that a random crop keeps, about")
-    epochs: int = flag(None, "passes over the training images (Table 7: 1600)", low=1)
+    epochs: int = flag(None, "passes over the training images (Table 7: 1600)")
     max_steps: int = flag(0, "stop after this many steps; 0: after the last epoch")
-    batch_size: int = flag(None, "images in a step, over all processes", low=1)
+    batch_size: int = flag(None, "images in a step, over all processes")
     weight_decay: float = flag(0.05, "weight decay of matrices")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    precision: str = flag("auto", "of products", ("auto", "float32", "bfloat16", "float16"))
+    precision: str = flag(
+        "auto",
+        "of products; bfloat16 pays on a CPU where lscpu shows avx512_bf16 or amx_bf16, though "
+        "auto is float32 on every CPU, for the same numbers everywhere",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     compile: bool = flag(False, "compile the model: a slow start, then faster steps")
     out: str = flag("", "directory of the run (default: a fresh one in runs/)")
-    init: str = flag("", "checkpoint of a trained model whose weights to start from")
+    init: str = flag("", "checkpoint whose weights and settings to start from, but those given")
     save_every: int = flag(0, "save every so many steps, besides every epoch")
 
     def __post_init__(self):
@@ -596,7 +595,7 @@ class Config:
             check(type(value) in kinds, f"{name} is {value!r} but must be {field.type.__name__}")
             check(not choices or value in choices, f"{name} {value} is not one of {choices}")
             if int in kinds:
-                low = field.metadata["low"]
+                low = 0 if field.type is float or field.default == 0 else 1
                 check(low <= value <= 1e9, f"{name} is {value} but must be from {low} to 1e9")
         for name in ("data_dir", "out", "init"):  # ~ is left to us in --out=~/run
             setattr(self, name, os.path.expanduser(getattr(self, name)))
@@ -605,12 +604,11 @@ class Config:
         check(self.warmup < 1, "--warmup must be below 1")
 
         # Check what must fit together.
-        N = self.tokens
         S, P = self.image_size, self.patch_size
         drawn = self.dataset == "shapes"
         check(not (drawn and self.data_dir), "--data-dir: shapes are drawn, not read; leave it out")
         check(S % P == 0, f"--patch-size {P} does not divide --image-size {S}: choose another")
-        check(N > 1, "one patch is the whole image: choose a smaller --patch-size")
+        check(S > P, "one patch is the whole image: choose a smaller --patch-size")
         check(self.dim % 4 == 0, f"--dim {self.dim} must be a multiple of 4, for the positions")
         check(self.dim % self.heads == 0, f"--heads {self.heads} does not divide --dim {self.dim}")
         self.check_order()
@@ -622,18 +620,18 @@ class Config:
             segments = 2
             check(self.order == "random", "--order: mae has only a random one; leave it out")
         if HIERARCHIES[self.segments]:
-            whole = counts and all(type(count) is int and count > 1 for count in counts)
-            check(whole, f"--hierarchy {counts} must be whole numbers from 2, such as 16 4")
-            falls = all(a > b for a, b in itertools.pairwise([self.tokens + 1, *counts]))
-            check(falls, f"--hierarchy {counts} must descend from at most {self.tokens} tokens")
+            falls = all(a > b for a, b in itertools.pairwise([self.tokens + 1, *counts, 1]))
+            message = "must be whole numbers that descend from at most"
+            check(counts and falls, f"--hierarchy {counts} {message} {self.tokens} tokens, above 1")
         else:
             check(not counts, f"--segments {self.segments} takes no --hierarchy: leave it out")
         if self.segments == "square":
             squares = [root**2 for root in range(2, self.grid + 1) if self.grid % root == 0]
             nested = all(a % b == 0 for a, b in itertools.pairwise(counts))
-            fits = nested and all(count in squares for count in counts)
             message = f"--hierarchy {counts} cuts no squares within squares: choose of {squares}"
-            check(fits, f"{message}, each dividing the one before")
+            check(
+                nested and set(counts) <= set(squares), f"{message}, each dividing the one before"
+            )
         acts = self.last_rank < max(segments - 1, 1)
         check(acts, f"--last-rank {self.last_rank} changes nothing in {segments} segments")
 
@@ -648,8 +646,78 @@ class Config:
         return self.grid**2
 
 
+def with_flags(trained, given):
+    """A trained model's Config with the flags given, a dict, in its place. What hangs on them goes
+    with them; UserError where they contradict the model itself."""
+    settings = dataclasses.asdict(trained)
+    for name in ("patch_size", "model", "dim", "depth", "heads", "decoder_depth", "skip"):
+        value = settings[name]
+        fits = given.get(name, value) == value
+        check(fits, f"the trained model has {flag_name(name)} {value}: leave this flag out")
+    settings |= {"out": "", "init": "", "device": "auto"}
+    if given.get("segments", trained.segments) != trained.segments:
+        settings |= {"hierarchy": None, "order": "random", "last_rank": 0}
+    if given.get("dataset", trained.dataset) != trained.dataset:
+        settings["data_dir"] = None
+    return Config(**settings | given)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def make_parser(description, leave_out=()):
+    """A parser with a flag for each field of Config. What is not given is not in its result."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        if field.name in leave_out:
+            continue
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif field.type is tuple:
+            kind = {"type": int, "nargs": "+", "metavar": "K"}
+        elif field.metadata["choices"]:
+            kind = {"choices": field.metadata["choices"]}
+        else:
+            kind = {"type": field.type, "metavar": "X"}
+        help = field.metadata["help"]
+        if field.default not in (None, "", True, False):
+            help += f" (default: {field.default})"
+        parser.add_argument(flag_name(field.name), help=help, **kind)
+    return parser
+
+
 # ------------------------------------------------------------------------------------------------
 # 7. Data: one uint8 array of images
+
+
+def progress(total, **about):
+    """A bar that counts images: in a log file a line every half minute, no flood of them."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=total, unit="img", mininterval=interval, **about)
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """-> a binary file beside `path`, to be written, which then takes its place: all or nothing.
+    It has a name of its own, as another process may be writing the same."""
+    part = Path(f"{path}.{os.urandom(4).hex()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}, which is as before: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_images(config, train):
@@ -736,104 +804,136 @@ def draw_part(labels, size, generator):
     return (image.clamp(0, 1) * 255).round().byte()
 
 
-def is_visible(name):
-    """Whether a name is the user's: entries like .git, @eaDir and __MACOSX are a system's."""
-    return not name.startswith((".", "@", "__", "$RECYCLE", "lost+found", "randsac-cache"))
+def is_hidden(name):
+    """Whether a name is a system's and not the user's."""
+    made = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
+    return name.startswith(".") or name in made
 
 
-def is_image(name):
-    return is_visible(name) and name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+def shown_name(entry):
+    return f"{entry.name}/" if entry.is_dir() else entry.name
+
+
+def find_images(folder):
+    """-> the images in a folder and below it, and the names of what else is there, a folder's with
+    a / at its end. Links to folders are not followed: they may lead in circles."""
+    images = []
+    left_out = []
+    for entry in os.scandir(folder):
+        kind = entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+        if is_hidden(entry.name):
+            left_out.append(shown_name(entry))
+        elif entry.is_dir(follow_symlinks=False):
+            deeper_images, deeper_left_out = find_images(entry)
+            images += deeper_images
+            left_out += deeper_left_out
+        elif kind and not entry.is_dir():
+            images.append(Path(entry))
+        else:
+            left_out.append(shown_name(entry))
+    return images, left_out
+
+
+def list_split(split):
+    """-> (path, class) of the images in split/CLASS/ and below, sorted, and the names of what else
+    is there."""
+    found = []
+    left_out = []
+    places = split.iterdir() if split.is_dir() else []
+    for place in places:
+        images = []
+        if place.is_dir() and not is_hidden(place.name):
+            images, others = find_images(place)
+            found += [(path, place.name) for path in images]
+            left_out += others
+        if not images:
+            left_out.append(shown_name(place))
+    return sorted(found), left_out
 
 
 def list_folder(root):
     """-> names of the classes, (path, label) of the training images, of the held-out ones, and the
-    files left out. UserError where root is not as wanted."""
-    wanted = "wanted are train/CLASS/ and test/CLASS/ or val/CLASS/, with all images in a CLASS"
+    names of files and folders left out, a folder's with a / at its end. A class is a folder in
+    train/ that holds an image. UserError where root is not as wanted."""
+    wanted = "wanted are images in train/CLASS/, and in test/CLASS/ or val/CLASS/"
     check(root.is_dir(), f"{root} is not a folder: name one by --data-dir; {wanted}")
+    test = "test" if (root / "test").is_dir() else "val"
+    left_out = [shown_name(path) for path in root.iterdir() if path.name not in ("train", test)]
+    training, others = list_split(root / "train")
+    held_out, more_others = list_split(root / test)
+    left_out += others + more_others
+    check(training, f"{root} has no images in train/CLASS/ but {sorted(left_out)[:9]}; {wanted}")
 
-    def folders(place):
-        lost = [f.name for f in place.iterdir() if not f.exists()]
-        check(not lost, f"{place} has links that lead nowhere: {lost[:9]}")
-        loose = [f.name for f in place.iterdir() if f.is_file() and is_image(f.name)]
-        check(not loose, f"{place} has images that are in no class, such as {loose[:1]}; {wanted}")
-        return sorted(f.name for f in place.iterdir() if f.is_dir() and is_visible(f.name))
-
-    splits = folders(root)
-    known = splits in (["train"], ["test", "train"], ["train", "val"])
-    check(known, f"{root} has the folders {splits[:9]}; {wanted}")
-    classes = folders(root / "train")
-    training = []
-    held_out = []
-    left_out = []
-    for split in splits:
-        unknown = set(folders(root / split)) - set(classes)
-        check(not unknown, f"{root / split} has classes that train/ has not: {sorted(unknown)[:9]}")
-        for label, name in enumerate(classes):
-            for place, inner, files in os.walk(root / split / name):
-                inner[:] = filter(is_visible, inner)
-                links = [f"{place}/{f}" for f in inner if Path(place, f).is_symlink()]
-                check(not links, f"links to folders in a class may lead in circles: {links[:9]}")
-                found = training if split == "train" else held_out
-                found += [(Path(place, file), label) for file in files if is_image(file)]
-                left_out += [file for file in files if not is_image(file)]
-    there = {label for _, label in training}
-    empty = [name for label, name in enumerate(classes) if label not in there]
-    full = training and not empty
-    check(full, f"{root / 'train'} has no images of {empty or 'any class'}; {wanted}")
-    return classes, sorted(training), sorted(held_out), left_out
+    classes = sorted({name for _, name in training})
+    unknown = sorted({name for _, name in held_out}.difference(classes))
+    check(not unknown, f"{root / test} has classes that train/ has no images of: {unknown[:9]}")
+    label = {name: i for i, name in enumerate(classes)}
+    training = [(path, label[name]) for path, name in training]
+    held_out = [(path, label[name]) for path, name in held_out]
+    return classes, training, held_out, sorted(left_out)
 
 
-def load_folder(root, size, train):
+def counted(count, word, ending="s"):
+    return f"{count} {word}" if count == 1 else f"{count} {word}{ending}"
+
+
+def announce(config, found):
+    S = config.image_size
+    print(f"{found}; each becomes {S} x {S} pixels, which are {config.tokens} tokens")
+
+
+def files_key(root, files, classes, size):
+    """Tells whether decoded images are the same: by names and sizes, never by times, or by bytes,
+    which differ between releases of Pillow."""
+    known = [(file.relative_to(root).as_posix(), file.stat().st_size) for file in files]
+    return hashlib.sha256(repr((size, classes, known)).encode()).hexdigest()[:16]
+
+
+def images_key(config, count):
+    """The same for the `count` training images of any data set."""
+    if config.dataset != "folder":
+        return f"{config.dataset} {count}"
+    root = Path(config.data_dir)
+    classes, training, _, _ = list_folder(root)
+    return files_key(root, [path for path, _ in training], classes, config.image_size)
+
+
+def load_folder(config, train):
     """-> as load_images. Decodes all images once; later runs map them from disk."""
+    root = Path(config.data_dir)
+    size = config.image_size
     classes, training, held_out, left_out = list_folder(root)
     if train:
-        endings = " ".join(sorted({Path(file).suffix for file in left_out})[:9])
-        found = f"{len(training)} images of {len(classes)} classes, {len(held_out)} held out"
-        print(f"{root}: {found}, {len(left_out)} files left out {endings}")
+        folders = sum(name.endswith("/") for name in left_out)
+        found = f"{counted(len(training), 'image')} of {counted(len(classes), 'class', 'es')}"
+        rest = f"{counted(len(left_out) - folders, 'file')} and {counted(folders, 'folder')}"
+        kinds = sorted({Path(name).suffix or name for name in left_out})
+        named = f" ({', '.join(kinds[:9])})" if left_out else ""
+        announce(config, f"{root}: {found}, {len(held_out)} held out, {rest} left out{named}")
+
     chosen = training if train else held_out
     files = [path for path, _ in chosen]
     labels = torch.tensor([label for _, label in chosen], dtype=torch.int64)
-    shape = (len(files), 3, size, size)
     if not files:
-        return torch.empty(shape, dtype=torch.uint8), labels, classes
-
-    # The decoded images lie beside the folder. Their name tells what they were made of.
-    known = []
-    for file in files:
-        stat = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
-        known.append((str(file.relative_to(root)), stat))
-    key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
-    place = Path(f"{root.resolve()}.cache")
-    if not os.access(place.parent, os.W_OK):
-        print(f"{place.parent} is read-only: decoded images go to runs/cache")
-        where = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
-        place = Path("runs/cache", f"{root.resolve().name}-{where}")
-    place.mkdir(parents=True, exist_ok=True)
-    kind = f"{'train' if train else 'test'}-{size}"
-    cache = place / f"{kind}-{key}.npy"
-    images = map_images(cache, shape)
-    if images is None:
-        with open(place / "lock", "w") as lock:
-            own(lock, f"another process decodes {root}: this one waits for it", wait=True)
-            images = map_images(cache, shape)  # what that process has decoded
-            if images is None:
-                for old in place.glob(f"{kind}-*"):
-                    old.unlink()
-                write_whole(cache, lambda file: decode_all(files, size, file))
-                images = torch.from_numpy(np.load(cache, mmap_mode="c"))
+        return torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes
+    cache = Path("runs/cache", f"{files_key(root, files, classes, size)}.npy")
+    if not cache.exists():
+        decode_all(files, size, cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it cannot be written to, and nobody does
+        images = torch.from_numpy(np.load(cache, mmap_mode="r"))
     return images, labels, classes
 
 
-def map_images(path, shape):
-    """-> decoded images uint8, mapped from disk; None where they are missing or damaged."""
-    with contextlib.suppress(Exception):  # of many kinds
-        images = np.load(path, mmap_mode="c")
-        if images.shape == shape and images.dtype == np.uint8:
-            return torch.from_numpy(images)
-
-
-def decode_all(paths, size, file):
-    """Writes the images to an open .npy file. UserError names all that cannot be used."""
+def decode_all(paths, size, cache):
+    """Decodes the images into a .npy file. UserError names all that cannot be used."""
+    shape = (len(paths), 3, size, size)
+    room = math.prod(shape)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache.parent).free
+    print(f"decoding them once into {cache}, {room / 1e9:.3f} GB")
+    mend = "make room, or let runs/cache be a link to where there is some"
+    check(room < free, f"{cache.parent} has {free / 1e9:.3f} GB left, too little: {mend}")
 
     def decode(path):
         try:
@@ -841,20 +941,24 @@ def decode_all(paths, size, file):
         except UserError as error:
             return error
 
-    shape = (len(paths), 3, size, size)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    threads = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # what a job may use of a large machine, on Linux
+        threads = len(os.sched_getaffinity(0))
     broken = []
-    with ThreadPool() as pool:
-        decoded = pool.imap(decode, paths, chunksize=16)
-        words = f"decoding once, {math.prod(shape) / 1e9:.2f} GB"
-        for image in tqdm(decoded, words, len(paths), unit="img"):
-            if isinstance(image, UserError):
-                broken.append(str(image))
-            else:
-                file.write(image.tobytes())
-    names = "; ".join(broken[:20])
-    check(not broken, f"{len(broken)} images cannot be used, mend or remove them: {names}")
+    with ThreadPool(threads) as pool, write_whole(cache) as file, progress(len(paths)) as bar:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        # In parts of some 30 MB, so that images do not pile up where the disk is slow.
+        step = 1 + 30_000_000 // (3 * size**2)
+        for start in range(0, len(paths), step):
+            for image in pool.imap(decode, paths[start : start + step], chunksize=16):
+                bar.update()
+                if isinstance(image, UserError):
+                    broken.append(str(image))
+                else:
+                    file.write(image.tobytes())
+        names = "; ".join(broken[:20])
+        check(not broken, f"{len(broken)} images cannot be used, mend or remove them: {names}")
 
 
 def decode_image(path, size):
@@ -885,11 +989,12 @@ def normalize(images, size):
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
 
 
-def augment(images, size, crop_scale=0.3, generator=None):
-    """uint8 [B,3,H,W] -> float [B,3,size,size] in [-1, 1]: random resized crop and flip, of a whole
-    batch on its device. Section 5 calls its augmentation minimal; the details are ours."""
-    drawn = torch.rand(5, len(images), generator=generator, device=images.device)
-    area, aspect, x, y, flip = drawn  # [B] each
+def random_crops(count, crop_scale, device="cpu", generator=None):
+    """-> `count` random resized crops and flips [count,2,3]: affine maps from a crop's coordinates
+    to its image's, both from -1 to 1. Section 5 calls its augmentation minimal; the details are
+    ours."""
+    drawn = torch.rand(5, count, generator=generator, device=device)
+    area, aspect, x, y, flip = drawn  # [count] each
 
     # The crop's sides, as shares of the image's. The square of `stretch` is width over height.
     side = (crop_scale + (1 - crop_scale) * area).sqrt()
@@ -897,17 +1002,20 @@ def augment(images, size, crop_scale=0.3, generator=None):
     width = (side * stretch).clamp(max=1)
     height = (side / stretch).clamp(max=1)
 
-    # An affine map from the crop's coordinates to the image's, both from -1 to 1: shrunk to the
-    # crop's size, moved anywhere inside the image. A negative width flips.
+    # Shrunk to the crop's size, moved anywhere inside the image. A negative width flips.
     move_x = (2 * x - 1) * (1 - width)
     move_y = (2 * y - 1) * (1 - height)
     width = torch.where(flip < 0.5, width, -width)
     zero = torch.zeros_like(x)
-    to_x = torch.stack([width, zero, move_x], 1)  # [B,3]
-    to_y = torch.stack([zero, height, move_y], 1)  # [B,3]
-    theta = torch.stack([to_x, to_y], 1)  # [B,2,3]
+    to_x = torch.stack([width, zero, move_x], 1)  # [count,3]
+    to_y = torch.stack([zero, height, move_y], 1)  # [count,3]
+    return torch.stack([to_x, to_y], 1)
+
+
+def crop(images, crops, size):
+    """uint8 [B,3,H,W], crops [B,2,3] -> float [B,3,size,size] in [-1, 1]."""
     shape = (len(images), 3, size, size)
-    where = F.affine_grid(theta, shape, align_corners=True)  # [B,size,size,2]
+    where = F.affine_grid(crops, shape, align_corners=True)  # [B,size,size,2]
     return F.grid_sample(images.float() / 127.5 - 1, where, align_corners=True)
 
 
@@ -916,6 +1024,7 @@ def augment(images, size, crop_scale=0.3, generator=None):
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 HELD_OUT = 2000  # images that held_out_loss looks at, about
+HOUR = 20_000_000  # tokens that nano trains on in an hour of a slow core, about
 
 
 def seeded(device, *numbers):
@@ -974,20 +1083,24 @@ def make_optimizer(model, config):
     return torch.optim.AdamW([decayed, free], betas=(0.9, 0.95), fused=True)
 
 
-def batch_loss(model, images, config, generator=None):
-    """Loss of normalized images [B,3,S,S] in freshly drawn orders, on the cheaper path if any."""
-    ranks = sample_ranks(config, len(images), images.device, generator)
+def batch_loss(model, images, ranks, config):
+    """Loss of normalized images [B,3,S,S] in orders [B,N], on the cheaper path if there is one."""
     with autocast(images.device, config.precision):
         return model(images, ranks, trim=segment_sizes(config) is not None)
 
 
-def training_step(model, optimizer, scaler, batch, config, step, steps, process=0):
-    """One step on uint8 images [B,3,H,W] -> its loss. The host reads no value of the device here,
-    so that a GPU never waits for it."""
-    # Fresh crops and fresh orders for every step and process.
-    generator = seeded(batch.device, config.seed, 1, step, process)
-    images = augment(batch, config.image_size, config.crop_scale, generator)
-    loss = batch_loss(model, images, config, generator)
+def training_step(model, optimizer, scaler, batch, config, step, steps, process=0, world=1):
+    """One step on the share that this process has of the batch, uint8 images [b,3,H,W] -> its loss.
+    The host reads no value of the device here, so that a GPU never waits for it."""
+    # Crops and orders are drawn for the whole batch, so that a training is the same on any number
+    # of processes: each takes every world-th. Apple's sorts are in doubt (PyTorch's issue 184028).
+    device = batch.device
+    place = "cpu" if device.type == "mps" else device
+    generator = seeded(place, config.seed, 1, step)
+    crops = random_crops(len(batch) * world, config.crop_scale, place, generator)
+    ranks = sample_ranks(config, len(batch) * world, place, generator)
+    images = crop(batch, crops[process::world].to(device), config.image_size)
+    loss = batch_loss(model, images, ranks[process::world].to(device), config)
 
     # The scaler keeps small gradients alive in float16; in other precisions it does nothing.
     optimizer.zero_grad()
@@ -1006,41 +1119,17 @@ def training_step(model, optimizer, scaler, batch, config, step, steps, process=
 
 
 @torch.no_grad()
-def held_out_loss(model, images, config, device):
-    """Mean loss of whole uint8 images never trained on, in the same orders at each call."""
+def held_out_loss(model, images, config, device, world=1):
+    """Mean loss of whole uint8 images never trained on, in the same orders at each call. It takes
+    no more of them at once than a process has of a batch, and so no more memory than training."""
+    ranks = sample_ranks(config, len(images), generator=seeded("cpu", config.seed, 2))
+    share = config.batch_size // world
     total = 0.0
-    for i, part in enumerate(images.split(500)):
+    for part, part_ranks in zip(images.split(share), ranks.split(share)):
         x = normalize(part.to(device), config.image_size)
-        total = total + batch_loss(model, x, config, seeded(device, config.seed, 2, i)) * len(x)
+        loss = batch_loss(model, x, part_ranks.to(device), config)
+        total = total + loss * len(x)
     return total.item() / len(images)
-
-
-def write_whole(path, write):
-    """Calls write(file) on a file beside `path`, which then takes its place: all or nothing."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        words = f"cannot write {path}, which is as before ({error}): make room or go elsewhere"
-        raise UserError(words) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def own(file, message, wait=False):
-    """Makes this process the file's one owner until it closes it or ends, however it ends. Where
-    another process is: UserError or, with `wait`, a line and patience."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        if not wait:
-            raise UserError(message) from error
-        print(message, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (OSError, AttributeError):  # some file systems have no locks, nor has Windows
-        pass
 
 
 def load_checkpoint(path):
@@ -1069,12 +1158,6 @@ def load_model(path):
     return model, config
 
 
-def fingerprint(images):
-    """sha256 of uint8 images (of a part, beyond a gigabyte), to tell whether they are the same."""
-    some = images[:: 1 + images.nbytes // 10**9]
-    return hashlib.sha256(some.numpy().tobytes()).hexdigest()
-
-
 def load_training_images(config, process, world):
     """-> training images, held-out images of every class, whether probe.py can use the labels."""
     if process > 0:
@@ -1083,8 +1166,12 @@ def load_training_images(config, process, world):
     held_out, _, _ = load_images(config, train=False)
     if world > 1 and process == 0:
         dist.barrier()
-    enough = len(images) >= config.batch_size
-    check(enough, f"{len(images)} images do not fill a --batch-size of {config.batch_size}")
+    if config.dataset != "folder":
+        found = f"{len(images)} images of {len(classes)} classes, {len(held_out)} held out"
+        announce(config, f"{config.dataset}: {found}")
+    most = len(images) // world * world
+    message = f"{len(images)} images do not fill a --batch-size of {config.batch_size}"
+    check(config.batch_size <= most, f"{message}: the largest that they fill is {most}")
     stride = len(held_out) // HELD_OUT | 1  # 3 for shapes: 2 would leave out every second class
     return images, held_out[::stride], len(classes) > 1 and len(held_out) > 0
 
@@ -1097,86 +1184,78 @@ def build(config, saved, device):
     optimizer = make_optimizer(model, config)
     small = pick_precision(config.precision, device) == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=small)
-    if saved:
+    if "model" in saved:
         model.load_state_dict(saved["model"])
+    if "optimizer" in saved:
         optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty where precision "auto" was another, on another device
-            scaler.load_state_dict(saved["scaler"])
-    elif config.init:
-        start, before = load_model(config.init)
-        sizes = ("patch_size", "dim", "depth", "heads", "decoder_depth", "skip")
-        other = [name for name in sizes if getattr(config, name) != getattr(before, name)]
-        words = ", ".join(f"{flag_name(name)} {getattr(before, name)}" for name in other)
-        check(not other, f"the model that --init names has {words}: give this run the same")
-        model.load_state_dict(start.state_dict())
+    if saved.get("scaler"):  # empty where precision "auto" was another, on another device
+        scaler.load_state_dict(saved["scaler"])
     return model, optimizer, scaler
 
 
-def wrap(model, config, device, world):
-    """-> the model as training calls it. UserError where --compile does not work."""
-    wrapped = model
-    if config.compile:
-        wrapped = torch.compile(model)
-        side = config.image_size
-        images = torch.zeros(config.batch_size // world, 3, side, side, device=device)
-        try:  # here, before the run has begun
-            batch_loss(wrapped, images, config).backward()
-        except Exception as error:  # a compiler's errors are many
-            words = " ".join(str(error).split())[:300]
-            raise UserError(f"--compile does not work here, leave it out: {words}") from error
-    if world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    return wrapped
-
-
-def check_free(config):
-    again = command_line("randsac.py", "--resume", config.out)
-    log = Path(config.out, "metrics.jsonl")
-    logged = log.exists() and log.stat().st_size > 0
-    taken = config.out and (logged or Path(config.out, "checkpoint.pt").exists())
-    check(not taken, f"{config.out} holds a run: go on with it by {again}, or choose another --out")
-
-
-@contextlib.contextmanager
-def open_run(config, saved, device):
-    """Makes the run's directory, whose name config.out then has, and this process its owner ->
-    metrics.jsonl, with the rows up to the checkpoint of a resumed run."""
+def begin_run(config, saved, device):
+    """Makes the run's directory, whose name config.out then has, with its settings and its log up
+    to here. Where there is a log already, only --resume goes on."""
     if not config.out:
         moment = time.strftime("%Y%m%d-%H%M%S")
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "metrics.jsonl", "a") as log:
-        own(log, f"another process trains the run {run}: wait for it, or begin another")
-        if not saved:
-            check_free(config)  # again, now that nobody else can take it
-        log.truncate(0)
-        if saved:
-            log.writelines(json.dumps(row) + "\n" for row in saved["rows"])
-            log.flush()
-        settings = dataclasses.asdict(config)
-        settings["precision"] = pick_precision(config.precision, device)
-        text = json.dumps(settings, indent=1) + "\n"
-        write_whole(run / "config.json", lambda file: file.write(text.encode()))
-        yield log
+    with open(run / "metrics.jsonl", "w" if "rows" in saved else "x") as log:
+        log.writelines(json.dumps(row) + "\n" for row in saved.get("rows", []))
+    settings = dataclasses.asdict(config)
+    settings["precision"] = pick_precision(config.precision, device)
+    (run / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def command_line(script, *arguments):
+    """-> a command to be pasted, whatever its paths are called."""
+    program = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.join([Path(sys.executable).name, program, *map(str, arguments)])
+
+
+def hour_command(config):
+    """-> a command that trains on the same images without a GPU, within the hour."""
+    words = []
+    for name in ("dataset", "data_dir", "image_size", "patch_size", "segments"):
+        if getattr(config, name):
+            words += [flag_name(name), getattr(config, name)]
+    if config.hierarchy:
+        words += ["--hierarchy", *config.hierarchy]
+    batch = min(32, config.batch_size)
+    steps = HOUR // (config.tokens * batch)
+    words += ["--model", "nano", "--batch-size", batch, "--max-steps", steps]
+    return command_line("randsac.py", *words)
+
+
+def describe_run(config, model, first, steps, per_epoch, where):
+    """Prints what is about to happen and, where that may take days, what would not."""
+    passes = f"{steps / per_epoch:.3g} passes"
+    size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million parameters"
+    print(f"{config.out}: {steps} steps of {config.batch_size} images, {passes}, {size}, {where}")
+    if first > 0:
+        print(f"it goes on after step {first}")
 
 
 @contextlib.contextmanager
-def stop_signals(world):
-    """-> a list of the signals received (Ctrl-C, SIGTERM): training stops after its step. A second
-    one ends the program at once; so does the first with torchrun, or outside the main thread."""
-    kinds = (signal.SIGINT, signal.SIGTERM)
+def stop_signals():
+    """-> a list of the signals received (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1): training stops after
+    its step. A second Ctrl-C ends the program at once. Outside the main thread, where Python takes
+    no handlers, it stays empty."""
     received = []
     before = {}  # the handlers that were there
 
     def note(number, frame):
         received.append(number)
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
+        if number == signal.SIGINT:  # a person's, who is impatient; Slurm sends SIGTERM twice
+            signal.signal(number, signal.SIG_DFL)
 
-    if world == 1 and threading.current_thread() is threading.main_thread():
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]  # not all on Windows
+    if threading.current_thread() is threading.main_thread():
         for kind in kinds:
-            before[kind] = signal.signal(kind, note)
+            if signal.getsignal(kind) != signal.SIG_IGN:  # by nohup
+                before[kind] = signal.signal(kind, note)
     try:
         yield received
     finally:
@@ -1184,47 +1263,61 @@ def stop_signals(world):
             signal.signal(kind, handler)
 
 
+def first_signal(signals, world):
+    """-> the signal at which to stop, or 0: the same in all processes, which stop after one step."""
+    number = torch.tensor(max(signals, default=0))
+    if world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def mean_of(losses, world):
+    """Mean of the losses, a list of tensors, over all processes -> float."""
+    mean = torch.stack(losses).mean()
+    if world > 1:
+        dist.all_reduce(mean)
+    return mean.item() / world
+
+
 def train(config, saved, device, process=0, world=1):
-    """Trains to the last step or to the first signal -> exit code. `saved` is None, or what the
-    checkpoint of the run to be resumed holds. `process` is one of `world` processes."""
+    """Trains to the last step or to the first signal -> exit code. `saved` is what the checkpoint
+    of the run to be resumed holds, or a model to begin with, or {}. `process` is one of `world`."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         # With a mask cuDNN's attention can give gradients that are NaN (PyTorch's issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     images, held_out, can_probe = load_training_images(config, process, world)
-    seen = fingerprint(images)
-    first = saved["step"] if saved else 0
-    rows = saved["rows"] if saved else []
-    if saved:
-        check(saved["images"] == seen, "these are not the images that the run began with")
-        check(saved["world"] == world, f"it began with {saved['world']} processes, not {world}")
-    model, optimizer, scaler = build(config, saved, device)
-    wrapped = wrap(model, config, device, world)
+    key = images_key(config, len(images))
+    check(saved.get("images", key) == key, "these are not the images that the run began with")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
+    model, optimizer, scaler = build(config, saved, device)
+    wrapped = torch.compile(model) if config.compile else model
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(wrapped)
+
     B = config.batch_size
     per_epoch = len(images) // B
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
+    first = saved.get("step", 0)
+    rows = saved.get("rows", [])
 
     def save(step):
-        content = {"config": dataclasses.asdict(config), "step": step, "rows": rows}
-        content |= {"images": seen, "world": world}
+        content = {"config": dataclasses.asdict(config), "step": step, "rows": rows, "images": key}
         for name, part in {"model": model, "optimizer": optimizer, "scaler": scaler}.items():
             content[name] = part.state_dict()
-        write_whole(Path(config.out, "checkpoint.pt"), lambda file: torch.save(content, file))
+        with write_whole(Path(config.out, "checkpoint.pt")) as file:
+            torch.save(content, file)
 
-    with contextlib.ExitStack() as stack:
-        # The first process alone keeps log and checkpoint, from before the first step on.
-        if process == 0:
-            log = stack.enter_context(open_run(config, saved, device))
-            save(first)
-            print(f"{config.out}: {steps} steps of {B} images, {world} x {device.type}")
-        signals = stack.enter_context(stop_signals(world))
-        bar = tqdm(total=steps * B, initial=first * B, unit="img", disable=process > 0)
-        bar.mininterval = 0.5 if sys.stderr.isatty() else 30  # no flood of lines in a log file
-        stack.enter_context(bar)
+    # The first process alone keeps log and checkpoint, from before the first step on.
+    if process == 0:
+        begin_run(config, saved, device)
+        save(first)
+        describe_run(config, model, first, steps, per_epoch, f"{world} x {device.type}")
 
-        losses = []
+    losses = []
+    bar = progress(steps * B, initial=first * B, disable=process > 0)
+    with stop_signals() as signals, bar:
         start = time.perf_counter()
         for step in range(first, steps):
             # Each epoch, also one that a resumed run is in, has its own order of the images.
@@ -1236,39 +1329,37 @@ def train(config, saved, device, process=0, world=1):
             # Each process takes its share of the batch.
             index = order[step_of_epoch * B : (step_of_epoch + 1) * B][process::world]
             batch = images[index].to(device)
-            loss = training_step(wrapped, optimizer, scaler, batch, config, step, steps, process)
-            if process > 0:
-                continue
+            parts = (wrapped, optimizer, scaler, batch)
+            losses.append(training_step(*parts, config, step, steps, process, world))
+            bar.update(B)
 
             # A row of the log now and then; a checkpoint too when an epoch ends or on demand.
-            losses.append(loss)
-            bar.update(B)
             done = step + 1
-            stop = len(signals) > 0
+            stop = first_signal(signals, world)
             epoch_ends = step_of_epoch + 1 == per_epoch or done == steps
             asked = config.save_every > 0 and done % config.save_every == 0
             saves = epoch_ends or asked or stop
             if not saves and done % LOG_EVERY != 0:
                 continue
-            rate = len(losses) * B / (time.perf_counter() - start)
-            mean_loss = torch.stack(losses).mean().item()
+            row = {"step": done, "epoch": epoch + 1, "loss": mean_of(losses, world)}
             mend = f"begin another run with a lower --lr; {config.out}/checkpoint.pt is from before"
-            check(math.isfinite(mean_loss), f"the loss is {mean_loss} at step {done}: {mend}")
-            row = {"step": done, "epoch": epoch + 1, "loss": mean_loss}
+            check(math.isfinite(row["loss"]), f"the loss is {row['loss']} at step {done}: {mend}")
+            rate = len(losses) * B / (time.perf_counter() - start)
             row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
-            if epoch_ends and len(held_out) > 0:
-                row["held_out_loss"] = held_out_loss(model, held_out, config, device)
-            rows.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            shown = {"epoch": f"{epoch + 1}/{config.epochs}", "loss": f"{mean_loss:.4f}"}
-            bar.set_postfix(shown, refresh=False)
-            if saves:
-                save(done)
+            if process == 0:
+                if epoch_ends and len(held_out) > 0:
+                    row["held_out_loss"] = held_out_loss(model, held_out, config, device, world)
+                rows.append(row)
+                with open(Path(config.out, "metrics.jsonl"), "a") as log:
+                    log.write(json.dumps(row) + "\n")
+                shown = {"epoch": f"{epoch + 1}/{config.epochs}", "loss": f"{row['loss']:.4f}"}
+                bar.set_postfix(shown, refresh=False)
+                if saves:
+                    save(done)
             if stop:
                 bar.close()
                 print(f"stopped. To go on: {command_line('randsac.py', '--resume', config.out)}")
-                return 128 + signals[0]
+                return 128 + stop
             losses = []
             start = time.perf_counter()
 
@@ -1283,48 +1374,9 @@ def train(config, saved, device, process=0, world=1):
 # 9. Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def make_parser(description, leave_out=()):
-    """A parser with a flag for each field of Config. What is not given is not in its result."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for field in dataclasses.fields(Config):
-        if field.name in leave_out:
-            continue
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif field.type is tuple:
-            kind = {"type": int, "nargs": "+", "metavar": "K"}
-        elif field.metadata["choices"]:
-            kind = {"choices": field.metadata["choices"]}
-        else:
-            kind = {"type": field.type, "metavar": "X"}
-        help = field.metadata["help"]
-        if field.default not in (None, "", True, False):
-            help += f" (default: {field.default})"
-        parser.add_argument(flag_name(field.name), help=help, **kind)
-    return parser
-
-
 def user_path(text):
     """A path as a shell reads it, also where none does, as in --out=~/run."""
     return Path(os.path.expanduser(text))
-
-
-def command_line(script, *arguments):
-    """-> a command to be pasted, whatever its paths are called."""
-    program = os.path.relpath(Path(__file__).with_name(script))
-    return shlex.join([Path(sys.executable).name, program, *map(str, arguments)])
 
 
 def run_command(main):
@@ -1339,44 +1391,68 @@ def run_command(main):
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split())[:2000]
         full = "out of memory" in words or "allocate memory" in words
         if isinstance(error, MemoryError) or (full and not isinstance(error, UserError)):
             words = "out of memory: choose a smaller --batch-size, --image-size or --model"
-        elif isinstance(error, RuntimeError):
+        elif type(error) is RuntimeError:  # a fault of the program: its traceback says where
             raise
     print(f"error: {words}", file=sys.stderr)
     sys.exit(2)
 
 
+def resume(run, given):
+    """-> Config of a run that goes on, what its checkpoint holds. Flags given may repeat the run's;
+    where and how it computes may differ."""
+    path = Path(run, "checkpoint.pt")
+    saved, _, trained = load_checkpoint(path)
+    again = command_line("randsac.py", "--init", path)
+    check("optimizer" in saved, f"{run} holds only a model: begin a run from it by {again}")
+    config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
+    others = []
+    for name in given.keys() - {"out", "device", "data_dir", "compile"}:
+        if getattr(config, name) != getattr(trained, name):
+            others.append(f"{flag_name(name)} {getattr(trained, name)}")
+    message = f"{run} was begun with {', '.join(sorted(others))}: leave these flags out"
+    check(not others, f"{message}, or begin another run by {again}")
+    return config, saved
+
+
 def read_flags(given):
-    """The flags given -> Config of the run and, with --resume, what its checkpoint holds."""
+    """The flags given -> Config of the run; what the checkpoint holds that it goes on from, or the
+    model that --init names, or nothing."""
     for name, value in given.items():
         check(value != "", f"{flag_name(name)} is empty: give it a name, or leave it out")
-    if "resume" not in given:
+    run = given.pop("resume", None)
+    saved = {}
+    if run:
+        check("out" not in given, "--resume names the run's directory: leave --out out")
+        given["out"] = os.path.expanduser(run)
+        if Path(given["out"], "checkpoint.pt").exists():
+            return resume(given["out"], given)
+        saved = {"rows": []}
+    if "init" in given:
+        start, _, trained = load_checkpoint(user_path(given["init"]))
+        saved["model"] = start["model"]
+        config = with_flags(trained, given)
+    else:
         config = Config(**given)
-        out = Path(config.out or "runs").resolve()
-        inside = config.dataset == "folder" and out.is_relative_to(Path(config.data_dir).resolve())
-        check(not inside, "the run would lie among the images: choose another --out")
-        check_free(config)
-        return config, None
-
-    run = os.path.expanduser(given.pop("resume"))
-    check(os.path.isdir(run), f"--resume takes the directory of a run, and {run} is none")
-    saved, _, config = load_checkpoint(Path(run, "checkpoint.pt"))
-    whole = {"optimizer", "scaler", "rows", "images", "step", "world"} <= saved.keys()
-    again = command_line("randsac.py", "--init", Path(run, "checkpoint.pt"))
-    check(whole, f"{run} holds only a model: begin a run from it by {again}")
-    others = sorted(flag_name(name) for name in given.keys() - {"device", "data_dir", "compile"})
-    check(not others, f"--resume takes its flags from the run: leave out {' '.join(others)}")
-    return dataclasses.replace(config, **given, out=run), saved
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        free = run or not config.out or not Path(config.out, name).exists()
+        again = command_line("randsac.py", "--resume", config.out)
+        check(free, f"{config.out} holds a run: go on with it by {again}, or choose another --out")
+    return config, saved
 
 
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
     if not dist.is_torchelastic_launched():
-        alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
-        check(alone, "WORLD_SIZE is set, but not by torchrun: unset it or use torchrun")
+        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+            count = os.environ.get(name, "1")
+            mend = f"torchrun --nproc-per-node {count} randsac.py ... joins them in one"
+            check(
+                count in ("", "1"), f"{name} is {count}, for as many trainings of the same: {mend}"
+            )
         return 0, 1
     process = int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
@@ -1387,19 +1463,16 @@ def join_processes(config, device):
         count = torch.cuda.device_count()
         check(local < count, f"there is no GPU {local}: use torchrun --nproc-per-node {count}")
         torch.cuda.set_device(local)
-    if process == 0:
-        print(f"torchrun ends at a signal; to go on, give --resume RUN to {world} processes again")
-    else:
+    if process > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    patience = datetime.timedelta(days=1)  # while the first process decodes
-    dist.init_process_group(backend, timeout=patience)
+    # gloo and, for GPUs, nccl; with patience, while the first process decodes.
+    dist.init_process_group(timeout=datetime.timedelta(days=1))
     return process, world
 
 
 def main(arguments):
     parser = make_parser(__doc__)
-    words = "go on with the run in this directory; it takes --device, --data-dir, --compile alone"
+    words = "go on with the run in this directory, or begin it there with the flags given"
     parser.add_argument("--resume", metavar="RUN", help=words)
     config, saved = read_flags(vars(parser.parse_args(arguments)))
     device = pick_device(config.device)
