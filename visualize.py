@@ -819,7 +819,7 @@ def choose_images(flags, config, model):
     # A shipped checkpoint has a few images beside it, for a machine without its data set.
     beside = []
     if model and flags.keys().isdisjoint(("dataset", "data_dir")):
-        beside = sorted(flags["checkpoint"].parent.glob("images/*.png"))
+        beside = sorted(flags["checkpoint"].parent.glob("images/*.png"), reverse=True)
     if beside and not any(Path(config.data_dir).glob("cifar-10-*")):
         where = f"CIFAR-10 is not in {config.data_dir}/ (--dataset cifar10 downloads it)"
         print(f"{where}: the images in {beside[0].parent}/ are shown")
