@@ -1,6 +1,8 @@
 """The explorer: its script is compared with randsac.py by node, its page is used in a browser."""
 
+import base64
 import html
+import io
 import json
 import math
 import re
@@ -10,7 +12,9 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, micro
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,16 +22,10 @@ import randsac
 import visualize
 
 TEMPLATE = (ROOT / "assets" / "explore.html").read_text(encoding="utf-8")
-STRATEGIES = [
-    {"segments": "patch", "order": "raster", "patch_size": 1},
-    {"segments": "patch"},
-    {"hierarchy": (16,)},
-    {"hierarchy": (16, 4)},
-    {"segments": "blob", "hierarchy": (11, 5)},
-    {"segments": "scatter", "hierarchy": (9,)},
-    {"segments": "mae"},
-]
-RANKS = [randsac.sample_ranks(micro(**strategy), 1)[0] for strategy in STRATEGIES]
+SHIPPED = (ROOT / "assets" / "explore-nano.html").read_text(encoding="utf-8")
+CHECKPOINT = ROOT / "assets" / "nano-cifar10" / "checkpoint.pt"
+MASKS = ("source", "target", "memory")
+RANKS = [randsac.sample_ranks(micro(**s), 1)[0] for s in visualize.STRATEGIES.values()]
 RANKS += [torch.zeros(4, dtype=torch.int64), torch.tensor([1, 0, 2, 1])]
 
 
@@ -42,74 +40,61 @@ def run_node(expression, inputs):
     [method] = re.findall(r'<script id="method">(.*?)</script>', TEMPLATE, re.DOTALL)
     read = 'const inputs = JSON.parse(require("fs").readFileSync(0, "utf8"));'
     write = f"console.log(JSON.stringify(inputs.map((input) => ({expression}))));"
+    words = [node, "-e", method + read + write]
     result = subprocess.run(
-        [node, "-e", method + read + write],
-        input=json.dumps(inputs),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
+        words, check=False, input=json.dumps(inputs), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def test_masks_are_those_of_randsac():
-    answers = run_node("attentionMasks(input)", [ranks.tolist() for ranks in RANKS])
-    for ranks, answer in zip(RANKS, answers):
-        for name, mask in zip(("source", "target", "memory"), randsac.attention_masks(ranks)):
-            assert answer[name] == mask.tolist()
+def test_masks_and_counts_are_those_of_randsac():
+    answers = run_node(
+        "[attentionMasks(input), countPass(input)]", [ranks.tolist() for ranks in RANKS]
+    )
+    for ranks, (masks, counts) in zip(RANKS, answers, strict=True):
+        expected = dict(zip(MASKS, randsac.attention_masks(ranks)))
+        assert masks == {name: mask.tolist() for name, mask in expected.items()}
+
+        # The encoder leaves the last segment out, the decoder the first.
+        encoder = ranks < ranks.max()
+        decoder = ranks > 0
+        assert counts == {
+            "encoder": encoder.sum(),
+            "decoder": decoder.sum(),
+            "source": expected["source"][encoder].sum(),
+            "target": expected["target"][decoder].sum(),
+            "memory": expected["memory"][decoder].sum(),
+        }
 
 
 def test_the_tail_merges_as_last_rank_does():
-    cases = [(ranks, K) for ranks in RANKS for K in (0, 1, 3)]
+    cases = [(ranks, K) for ranks in RANKS for K in (1, 3)]
     answers = run_node("mergeTail(...input)", [[ranks.tolist(), K] for ranks, K in cases])
-    for (ranks, K), answer in zip(cases, answers):
-        merged = ranks.clamp(max=K) if K else ranks
-        assert answer == merged.tolist()
-
-
-def test_counter_counts_what_is_left_of_the_masks():
-    answers = run_node("countStep(input)", [ranks.tolist() for ranks in RANKS])
-    for ranks, answer in zip(RANKS, answers):
-        # Sorted by rank, as decode_trimmed does it: the ends can be cut off.
-        ordered = ranks.sort().values
-        sizes = ordered.bincount()
-        first = int(sizes[0])
-        last = len(ranks) - int(sizes[-1])
-        source, target, memory = randsac.attention_masks(ordered)
-        assert answer == {
-            "encoder": last,
-            "decoder": len(ranks) - first,
-            "source": int(source[:last, :last].sum()),
-            "target": int(target[first:, first:].sum()),
-            "memory": int(memory[first:, :last].sum()),
-        }
+    assert answers == [ranks.clamp(max=K).tolist() for ranks, K in cases]
+    assert run_node("mergeTail(input, 0)", [[0, 2, 1]]) == [[0, 2, 1]]
 
 
 @pytest.mark.parametrize("strategy", [{"hierarchy": (4,)}, {"segments": "mae"}, {"last_rank": 3}])
 def test_cost_is_what_torch_counts(strategy):
     config = micro(depth=3, **strategy)
-    model = randsac.RandSAC(config)
-    images = torch.zeros(1, 3, 16, 16)
     ranks = randsac.sample_ranks(config, 1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        model(images, ranks, trim=True)
+        randsac.RandSAC(config)(torch.zeros(1, 3, 16, 16), ranks, trim=True)
 
     size = {name: getattr(config, name) for name in ("dim", "depth", "decoder_depth", "patch_size")}
-    counts = "countStep(input.ranks)"
-    cost = f"stepCost({counts}.encoder, {counts}.decoder, input.size)"
+    counts = "countPass(input.ranks)"
+    cost = f"passCost({counts}.encoder, {counts}.decoder, input.size)"
     inputs = [{"ranks": ranks[0].tolist(), "size": size}]
-    [answer] = run_node(f"[{cost}, maeCost(input.ranks.length, input.size)]", inputs)
-    assert 2 * answer[0] == counted.get_total_flops()  # a multiply-add is two
-    assert (answer[0] == answer[1]) == (strategy.get("segments") == "mae")
+    [[cost, mae]] = run_node(f"[{cost}, maeCost(input.ranks.length, input.size)]", inputs)
+    assert 2 * cost == counted.get_total_flops()  # a multiply-add is two
+    assert (cost == mae) == (strategy.get("segments") == "mae")
 
 
 def test_sentences_name_the_tokens_that_the_masks_allow():
     ranks = torch.tensor([3, 0, 1, 1, 2, 2, 2, 0, 3])
     answers = run_node("describe(...input)", [[i, ranks.tolist()] for i in range(9)])
-    masks = dict(zip(("source", "target", "memory"), randsac.attention_masks(ranks)))
-    for name, mask in masks.items():
+    for name, mask in zip(MASKS, randsac.attention_masks(ranks)):
         out = ranks == (3 if name == "source" else 0)
         for i, answer in enumerate(answers):
             assert out[i] == ("left out" in answer[name])
@@ -119,7 +104,27 @@ def test_sentences_name_the_tokens_that_the_masks_allow():
                 assert f"the {mask[i].sum()} tokens of {span}" in answer[name]
 
 
-# --- the page, in a browser
+# --- the page
+
+
+def data_of(page):
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', page).group(1))
+
+
+def picture_of(address):
+    """A PNG file as an address -> int64 [H,W,4]"""
+    file = io.BytesIO(base64.b64decode(address.split(",")[1]))
+    return np.asarray(Image.open(file).convert("RGBA")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds explore.html as the README's command writes it where there is no data set."""
+    folder = tmp_path_factory.mktemp("explore")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        visualize.main(["explore", "--checkpoint", str(CHECKPOINT), "--out", str(folder)])
+    return folder
 
 
 def test_template_has_one_place_for_data_and_needs_no_network():
@@ -128,266 +133,236 @@ def test_template_has_one_place_for_data_and_needs_no_network():
     assert len(TEMPLATE.encode()) < 60_000
 
 
-def data_of(page):
-    return json.loads(re.search(r'type="application/json">(.*?)</script>', page).group(1))
+def test_the_shipped_page_is_what_the_command_writes(folder):
+    written = data_of((folder / "explore.html").read_text(encoding="utf-8"))
+    shipped = data_of(SHIPPED)
+    assert visualize.fill_page(shipped) == SHIPPED
+    assert len(SHIPPED.encode()) < 1_500_000
+
+    # Predictions are alike to rounding, whichever machine made them; all else is the same.
+    for one, other in zip(written["model"]["images"], shipped["model"]["images"], strict=True):
+        one_errors, other_errors = one.pop("errors"), other.pop("errors")
+        assert one_errors == pytest.approx(other_errors, abs=0.003)
+        difference = picture_of(one.pop("predicted")) - picture_of(other.pop("predicted"))
+        assert np.abs(difference).max() <= 2
+    assert written == shipped
 
 
-# What is done on a page when it has loaded. Each returns what was seen.
-POINTING = """
+def test_images_beside_a_checkpoint_are_for_where_its_data_set_is_not(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    _, config = randsac.load_model(CHECKPOINT)
+    flags = {"checkpoint": CHECKPOINT}
+    images, labels = visualize.choose_images(flags, config, True)
+    for image, label in zip(images, labels, strict=True):
+        photo = Image.open(CHECKPOINT.parent / "images" / f"{label}.png")
+        assert (visualize.photos(image[None])[0].numpy() == np.asarray(photo)).all()
+    assert "CIFAR-10 is not in data" in capsys.readouterr().out
+
+    # A data set that is asked for, or that is there, comes first. (This one is not whole.)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar")
+    for given in ({"dataset": "cifar10"}, {"data_dir": "data"}, {}):
+        with pytest.raises(randsac.UserError, match="cannot be had"):
+            visualize.choose_images({**flags, **given}, config, True)
+        (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True, exist_ok=True)
+
+
+# --- the page, in a browser
+
+# What a page shows, and what is done on it, one after the other. Each move is followed by a look.
+SHOWN = """
   const shown = () => ({
-    token: state.token, step: state.step,
-    words: [...document.querySelectorAll("#token-text, figure p")].map((p) => p.textContent),
-    pictures: [...document.querySelectorAll("figure canvas")].map((c) => c.toDataURL()),
-    given: document.querySelectorAll("#grid .given").length,
-    inTabOrder: document.querySelectorAll("#grid [tabindex='0']").length,
+    ...state, name: now.view.name, ranks: now.ranks, tokens: now.tokens,
+    cells: [...element("grid").children].map((cell) => cell.className.split(" ")[0]),
+    filled: [...element("grid").children].map((cell) => ["image", "predicted"].find(
+      (kind) => getComputedStyle(cell).backgroundImage.includes(now.order[kind]))),
+    inTabOrder: [...element("grid").children].filter((cell) => cell.tabIndex === 0).length,
+    text: Object.fromEntries([...document.querySelectorAll("[id]")].map((e) => [e.id, e.innerText])),
+    hidden: [...document.querySelectorAll("[id]")].filter((e) => e.hidden).map((e) => e.id),
+    sentences: [...document.querySelectorAll("figure p")].map((p) => p.textContent),
+    canvases: [...document.querySelectorAll("canvas")].map((canvas) => canvas.toDataURL()),
+    behind: getComputedStyle(document.querySelector(".mask")).backgroundImage,
+    colours: { look: styleColour("look"), out: styleColour("out") },
+    segments: element("timeline").children.length,
+    width: document.documentElement.scrollWidth,
+    gap: element("token-text").getBoundingClientRect().top -
+      element("grid").getBoundingClientRect().bottom,
   });
+  const cell = (token) => element("grid").children[token];
   const press = (target, key) =>
     target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  const cells = element("grid").children;
-  chooseView(views.findIndex((view) => view.name === "square 16 -> 4"));
-  goTo(2);
-  const all = [shown()];
-  const far = now.ranks.indexOf(9);
-  cells[far].dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
-  all.push(shown());
-  cells[20].focus();
-  press(cells[20], "ArrowDown");
-  all.push(shown());
-  document.activeElement.blur();
-  press(document.body, "ArrowRight");
-  all.push(shown());
-  element("play").click();
-  await new Promise((done) => setTimeout(done, 2500));
-  all.push(shown());
-  return all;
-"""
-MARKS = """
-  const names = Object.fromEntries(
-    ["look", "empty", "out"].map((name) => [styleColour(name).join(), name]));
-  const read = (canvas) => {
-    const copy = canvas.cloneNode().getContext("2d", { willReadFrequently: true });
-    copy.drawImage(canvas, 0, 0);
-    const all = copy.getImageData(0, 0, canvas.width, canvas.width).data;
-    return (x, y) => {
-      const at = 4 * (Math.floor(y) * canvas.width + Math.floor(x));
-      return names[all.slice(at, at + 3).join()] || "pixels";
-    };
+  const slide = (id, value) => {
+    element(id).value = value;
+    element(id).dispatchEvent(new Event("input"));
   };
-  const count = (n, make) => Array.from({ length: n }, (_, number) => make(number));
-  const answers = [];
-  chooseView(views.findIndex((view) => view.name === "blob 11 -> 5"));
-  for (const [token, serialized] of [[3, true], [60, false]]) {
-    Object.assign(state, { lastRank: 5, serialized, token });
-    settle();
-    draw();
-    const maps = [...document.querySelectorAll(".map")].map((map) => {
-      const pixel = read(map);
-      const unit = map.width / 8;
-      return count(64, (j) => pixel((j % 8 + 0.5) * unit, (Math.floor(j / 8) + 0.5) * unit));
-    });
-    const masks = [...document.querySelectorAll(".mask")].map((mask) => {
-      const pixel = read(mask);
-      const edge = Math.round(8 * window.devicePixelRatio);
-      const middle = (at) => edge + (at + 0.5) * (mask.width - edge) / 64;
-      return count(64, (row) => count(64, (column) => pixel(middle(column), middle(row))));
-    });
-    answers.push({ token, serialized, ranks: now.order.ranks, maps, masks });
-  }
-  return answers;
 """
-STRATEGIES_SHOWN = """
-  const answers = {};
-  views.forEach((view, number) => {
-    chooseView(number);
-    const orders = view.orders.map(() => {
-      element("next-order").click();
-      return state.order;
-    });
-    const slider = element("last-rank");
-    slider.value = slider.max;
-    slider.dispatchEvent(new Event("input"));
-    answers[view.name] = {
-      orders,
-      most: Number(slider.max),
-      segments: element("timeline").children.length,
-      command: element("command").textContent,
-      encoder: element("encoder-tokens").textContent,
-      varies: !element("varying").hidden,
-      width: document.documentElement.scrollWidth,
-    };
-  });
-  return answers;
-"""
-PREDICTIONS = """
-  return [...element("images").children].map((button) => {
-    button.click();
-    goTo(3);
-    const next = [...document.querySelectorAll("#grid .next")];
-    return {
-      label: button.textContent,
-      tokens: next.map((cell) => Number(cell.dataset.token)),
-      background: getComputedStyle(next[0]).backgroundImage,
-      now: Number(element("error-now").textContent),
-      all: Number(element("error-all").textContent),
-      most: element("last-rank").max,
-    };
-  });
-"""
-READING = "return document.body.innerText;"
-
-
-def watched(page, name, act):
-    """The page, which tells the page around it what the script `act` returns and all errors."""
-    watch = """<script>
-      const errors = [];
-      addEventListener("error", (event) => errors.push(event.message));
-      console.error = (...words) => errors.push(words.join(" "));
-    </script>"""
-    act = """<script>
-      addEventListener("load", async () => {
-        const act = async () => { ACT };
-        const answer = await act().catch((error) => { errors.push(error.stack); });
-        parent.postMessage({ name: "NAME", answer, errors }, "*");
-      });
-    </script>""".replace("ACT", act).replace("NAME", name)
-    return page.replace("<title>", watch + "<title>").replace("</html>", act + "</html>")
+POINT = 'dispatchEvent(new PointerEvent("pointerover", { bubbles: true }))'
+VIEWS = ["what nano-cifar10 predicts", *visualize.STRATEGIES]
+MOVES = {
+    "before": f"chooseView({VIEWS.index('square 16 -> 4')}); goTo(2)",
+    "hovered": f"cell(now.ranks.indexOf(9)).{POINT}",
+    "down": "cell(20).focus(); press(cell(20), 'ArrowDown')",
+    "stepped": "document.activeElement.blur(); press(document.body, 'ArrowRight')",
+    "played": "element('play').click(); await new Promise((done) => setTimeout(done, 2500))",
+    "sorted": f"chooseView({VIEWS.index('blob 11 -> 5')}); slide('last-rank', 5); cell(3).{POINT}",
+    "in place": f"element('serialized').click(); cell(60).{POINT}",
+}
+for number, name in enumerate(VIEWS):
+    MOVES[name] = f"chooseView({number})"
+    MOVES[f"{name}, next"] = "element('next-order').click()"
+    MOVES[f"{name}, merged"] = "slide('last-rank', element('last-rank').max)"
+for number in range(4):
+    MOVES[f"image {number}"] = f"chooseView(0); element('images').children[{number}].click()"
+    MOVES[f"image {number}, step"] = "goTo(3)"
+    MOVES[f"image {number}, end"] = "goTo(now.last + 1)"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds explore.html as the command makes it, with a model."""
-    folder = tmp_path_factory.mktemp("explore")
-    checkpoint = ROOT / "assets" / "nano-cifar10" / "checkpoint.pt"
-    flags = ["--checkpoint", str(checkpoint), "--dataset", "shapes", "--out", str(folder)]
-    visualize.main(["explore", *flags])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def page(folder):
-    return (folder / "explore.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def seen(folder, page):
-    """-> what was seen on the page in a browser, by the name of what was done there."""
+def visits(folder):
+    """-> {visit: {move: what the page showed then}}, and the text of the bare template."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browsers = [shutil.which(name) for name in names if shutil.which(name)]
     if not browsers:
         pytest.skip("there is no Chromium")
 
-    # All in one visit, in frames, which can be as narrow as a phone.
-    visits = [
-        ("pointing", page, POINTING, 1200),
-        ("marks", page, MARKS, 1200),
-        ("strategies", page, STRATEGIES_SHOWN, 360),
-        ("predictions", page, PREDICTIONS, 1200),
-        ("template", TEMPLATE, READING, 1200),
-    ]
-    frames = ""
-    for name, text, act, width in visits:
-        (folder / f"{name}.html").write_text(watched(text, name, act), encoding="utf-8")
-        frames += f'<iframe src="{name}.html" style="width: {width}px; height: 900px"></iframe>'
-    hear = """<script>
+    # One browser, with a frame for each visit, which can be as narrow as a phone.
+    moves = "".join(f"{move}; all[{json.dumps(name)}] = shown();" for name, move in MOVES.items())
+    moves = f"{SHOWN} const all = {{}}; {moves} return all;"
+    page = (folder / "explore.html").read_text(encoding="utf-8")
+    outer = """<!DOCTYPE html><body><script>
       onmessage = (event) => {
         const report = document.createElement("pre");
         report.textContent = JSON.stringify(event.data);
         document.body.append(report);
       };
     </script>"""
-    outer = folder / "visits.html"
-    outer.write_text(f"<!DOCTYPE html><body>{hear}{frames}", encoding="utf-8")
+    for width, text, act in (
+        (360, page, moves),
+        (1200, page, moves),
+        (500, TEMPLATE, "return document.body.innerText"),
+    ):
+        act = f"""<script>addEventListener("load", async () => {{
+          const act = async () => {{ {act} }};
+          parent.postMessage(["{width}", await act()], "*");
+        }});</script>"""
+        (folder / f"{width}.html").write_text(text.replace("</html>", act), encoding="utf-8")
+        outer += f'<iframe src="{width}.html" style="width: {width}px; height: 900px"></iframe>'
+    (folder / "visits.html").write_text(outer, encoding="utf-8")
 
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
     flags += " --disable-background-networking --disable-component-update --disable-sync"
     flags += " --virtual-time-budget=20000 --enable-logging=stderr"
-    result = subprocess.run(
-        [browsers[0], *flags.split(), f"--user-data-dir={folder / 'profile'}", outer],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert "CONSOLE" not in result.stderr, result.stderr
+    flags = [*flags.split(), f"--user-data-dir={folder / 'profile'}", str(folder / "visits.html")]
+    result = subprocess.run([browsers[0], *flags], check=False, capture_output=True, text=True)
+    assert "CONSOLE" not in result.stderr, result.stderr  # there errors of scripts are told
     found = re.findall("<pre>(.*?)</pre>", result.stdout, re.DOTALL)
-    reports = [json.loads(html.unescape(text)) for text in found]
-    assert len(reports) == len(visits), result.stderr
-    assert [report["errors"] for report in reports] == [[]] * len(visits)
-    return {report["name"]: report["answer"] for report in reports}
+    assert len(found) == 3, result.stderr
+    return dict(json.loads(html.unescape(text)) for text in found)
+
+
+@pytest.fixture(params=["360", "1200"])
+def seen(request, visits):
+    return visits[request.param]
 
 
 def test_a_hover_and_the_keys_change_what_is_marked(seen):
-    before, hovered, down, stepped, played = seen["pointing"]
-    assert len(before["pictures"]) == 6
-    for marks in ("words", "pictures"):
-        for one, other in zip(before[marks], hovered[marks]):
-            assert one != other
-    assert hovered["words"][0].startswith(f"Token {hovered['token']} has rank 9:")
-    assert down["token"] == 28
-    assert down["inTabOrder"] == 1
+    before, hovered, down, stepped, played = list(seen.values())[:5]
+    changed = [one != other for one, other in zip(before["canvases"], hovered["canvases"])]
+    assert changed == [False] + [True] * 6  # maps and masks
+    assert all(one != other for one, other in zip(before["sentences"], hovered["sentences"]))
+    assert hovered["ranks"][hovered["token"]] == 9
+    assert hovered["text"]["token-text"].startswith(f"Token {hovered['token']} has rank 9:")
+    assert (down["token"], down["inTabOrder"]) == (28, 1)
     assert (before["step"], down["step"], stepped["step"]) == (2, 2, 3)
-    assert (before["given"], stepped["given"]) == (8, 12)
+    assert (before["cells"].count("given"), stepped["cells"].count("given")) == (8, 12)
     assert played["step"] > 3
 
 
-def test_marks_are_the_rows_of_the_masks(seen):
-    for answer in seen["marks"]:
-        ranks = torch.tensor(answer["ranks"]).clamp(max=5)
-        token = answer["token"]
-        order = ranks.argsort(stable=True) if answer["serialized"] else torch.arange(64)
-        first = ranks == 0
-        last = ranks == 5
-        ends = [(last, last), (first, first), (first, last)]  # of rows, of columns
-        for k, mask in enumerate(randsac.attention_masks(ranks)):
-            rows, columns = ends[k]
-            cells = np.where(mask, "look", "empty")
-            cells = np.where(rows[:, None] | columns, "out", cells)
-
-            # The decoder knows no pixels.
-            marked = cells[token]
-            if k != 1:
-                marked = np.where(marked == "look", "pixels", marked)
-            assert answer["maps"][k] == marked.tolist()
-
-            # The frame of the token's row hides its neighbours and the ends of the row.
-            drawn = np.array(answer["masks"][k])[:, 3:-3]
-            expected = cells[order][:, order][:, 3:-3]
-            far = np.abs(np.arange(64) - order.tolist().index(token))
-            assert (drawn == expected)[(far == 0) | (far > 4)].all()
+def marks_of(address, n, edge, colours):
+    """A picture of n x n cells, right of and below an edge -> what each is marked as, [n,n]."""
+    picture = picture_of(address)
+    middles = (edge + (np.arange(n) + 0.5) * (len(picture) - edge) / n).astype(int)
+    cells = picture[np.ix_(middles, middles)]
+    marks = np.full((n, n), "pixels")
+    for name, colour in colours.items():
+        marks[(cells[..., :3] == colour).all(-1)] = name
+    marks[cells[..., 3] == 0] = "hatch"  # it lies behind
+    return marks
 
 
-def test_every_strategy_is_shown_in_a_narrow_window(seen, page):
-    answers = seen["strategies"]
-    assert all(answer["width"] <= 360 for answer in answers.values())
-    for answer in answers.values():
-        n = len(answer["orders"])
-        assert answer["orders"] == [*range(1, n), 0]  # once around
-    for strategy in data_of(page)["strategies"]:
-        answer = answers[strategy["name"]]
-        last = max(strategy["ranks"][0])
-        assert answer["most"] == last - 1
-        assert answer["segments"] == max(last, 2)  # merged as far as it goes
-        assert answer["command"].startswith("python randsac.py")
-        assert (f" --last-rank {last - 1}" in answer["command"]) == (last > 1)
-    assert answers["mae"]["encoder"] == "16 of 64"
-    assert answers["pixel raster"]["encoder"] == "254 of 256"
-    assert answers["blob 11 -> 5"]["varies"]
-    assert not answers["square 16"]["varies"]
+@pytest.mark.parametrize("move", ["sorted", "in place"])
+def test_marks_are_the_rows_of_the_masks(seen, move):
+    shown = seen[move]
+    assert "repeating-linear-gradient" in shown["behind"]
+    ranks = torch.tensor(shown["ranks"])
+    order = shown["tokens"]
+    assert ranks.max() == 5
+    assert order == (ranks.argsort(stable=True).tolist() if move == "sorted" else [*range(64)])
+    first = ranks == 0
+    last = ranks == 5
+    ends = [(last, last), (first, first), (first, last)]  # of rows, of columns
+    for k, mask in enumerate(randsac.attention_masks(ranks)):
+        on_image, on_mask = shown["canvases"][1 + 2 * k : 3 + 2 * k]
+        cells = np.where(mask, "look", "hatch")
+        cells = np.where(ends[k][0][:, None] | ends[k][1], "out", cells)
+
+        # On the image, the pixels of what is looked at. The decoder knows none.
+        row = cells[shown["token"]]
+        if k != 1:
+            row = np.where(row == "look", "pixels", row)
+        assert (marks_of(on_image, 8, 0, shown["colours"]).flatten() == row).all()
+
+        # The frame of the token's row hides its neighbours and the ends of the row.
+        same = marks_of(on_mask, 64, 8, shown["colours"]) == cells[order][:, order]
+        far = np.abs(np.arange(64) - order.index(shown["token"]))
+        assert same[:, 5:-5][(far == 0) | (far > 7)].all()
 
 
-def test_the_model_shows_its_predictions_and_errors(seen, page):
-    images = data_of(page)["model"]["images"]
-    assert len(images) == 4
-    for answer, image in zip(seen["predictions"], images, strict=True):
+def test_every_strategy_is_shown(seen):
+    for strategy in data_of(SHIPPED)["strategies"]:
+        name = strategy["name"]
+        shown, following, merged = (seen[name + end] for end in ("", ", next", ", merged"))
+        assert shown["name"] == name and shown["ranks"] == strategy["ranks"][0]
+        assert following["ranks"] == strategy["ranks"][min(1, len(strategy["ranks"]) - 1)]
+        assert ("next-order" in shown["hidden"]) == name.endswith("raster")
+        last = max(following["ranks"])
+        assert merged["segments"] == max(last, 2)  # as far as it goes
+        assert shown["text"]["command"].startswith("python randsac.py")
+        assert (f"--last-rank {last - 1}" in merged["text"]["command"]) == (last > 1)
+    assert seen["mae"]["text"]["encoder-tokens"] == "16 of 64"
+    assert seen["pixel raster, merged"]["text"]["encoder-tokens"] == "254 of 256"
+    assert "varying" not in seen["blob 11 -> 5"]["hidden"]
+    assert "varying" in seen["square 16"]["hidden"]
+
+
+def test_a_page_is_not_wider_than_a_phone_and_names_the_token_below_the_image(visits):
+    for shown in visits["360"].values():
+        assert shown["width"] <= 360
+        assert 0 <= shown["gap"] < 30
+
+
+def test_predictions_are_shown_and_the_end_shows_them_large(seen, folder):
+    page = (folder / "explore.html").read_text(encoding="utf-8")
+    for number, image in enumerate(data_of(page)["model"]["images"]):
+        step, end = (seen[f"image {number}, {when}"] for when in ("step", "end"))
         ranks = torch.tensor(image["ranks"])
+        assert step["ranks"] == image["ranks"]
+        assert {"next-order", "merging"} <= {*step["hidden"]}
+        for rank, kind, filled in zip(ranks, step["cells"], step["filled"], strict=True):
+            expected = ("given", "image") if rank < 3 else ("later", None)
+            assert (kind, filled) == (("next", "predicted") if rank == 3 else expected)
+        assert end["filled"] == ["predicted"] * 64
+
         errors = torch.tensor([math.nan if e is None else e for e in image["errors"]])
-        assert answer["label"] == image["label"]
-        assert answer["tokens"] == (ranks == 3).nonzero().flatten().tolist()
-        assert image["predicted"] in answer["background"]
-        assert answer["now"] == pytest.approx(errors[ranks == 3].mean().item(), abs=0.006)
-        assert answer["all"] == pytest.approx(errors.nanmean().item(), abs=0.006)
-        assert answer["most"] == "0"  # these predictions are of this order
+        errors = {"error-now": errors[ranks == 3].mean(), "error-all": errors.nanmean()}
+        for place, error in errors.items():
+            assert float(step["text"][place]) == pytest.approx(error.item(), abs=0.006)
+
+        # At the end the small image is the true one.
+        small = Image.fromarray(picture_of(end["canvases"][0]).astype(np.uint8))
+        assert (np.asarray(small.resize((32, 32), 0)) == picture_of(image["image"])).all()
 
 
-def test_the_bare_template_says_how_to_make_the_page(seen):
-    assert "python visualize.py explore" in seen["template"]
+def test_the_bare_template_says_how_to_make_the_page(visits):
+    assert "python visualize.py explore" in visits["500"]
