@@ -6,8 +6,9 @@
     python visualize.py all --checkpoint runs/NAME/checkpoint.pt         # all, and index.html
     python visualize.py curves runs/A runs/B                             # runs side by side
 
-With --checkpoint, strategy flags default to those of the run; --segments begins anew. A draw_...
-function returns a PIL image, which a notebook can show (draw_order: the frames of a GIF).
+With --checkpoint, the flags that are not given are those of the run; with another --segments, its
+other strategy flags begin anew. A flag that has nothing to do with a picture does not change it.
+A draw_... function returns a PIL image, which a notebook can show (draw_order: a GIF's frames).
 """
 
 import base64
@@ -18,7 +19,6 @@ import itertools
 import json
 import math
 import textwrap
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 import randsac
 from randsac import Config, UserError, check, flag_name, sample_ranks, seeded
@@ -45,6 +46,8 @@ RED = "#D55E00"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
 HUES = (BLUE, RED, INK, ORANGE, "#56B4E9", GREEN, "#8C510A", "#882255", "#CC79A7", "#999933")
+PALE_BLUE = "#A9CFE5"
+PALE_ORANGE = "#F5DDA8"
 RAMP = ("#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725")
 MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
 GREY_PIXEL = torch.tensor(ImageColor.getrgb(GREY), dtype=torch.uint8)
@@ -96,54 +99,40 @@ def enlarge(cells, width, height=None):
 def outline(image, ids, colour=WHITE, width=1):
     """Draws lines inside of cells [R,C], where those of another id begin. Id 0 has none."""
     W, H = image.size
-    large = F.interpolate(ids[None, None].float(), (H, W))[0, 0]  # [H,W]
+    large = F.interpolate(ids[None, None].float(), (H, W))  # [1,1,H,W]
 
-    # A pixel lies on a line where one of its eight neighbours, `width` away, has another id.
+    # A pixel lies on a line where another one, at most `width` away, has another id.
     around = F.pad(large, [width] * 4)
-    edge = torch.zeros(H, W, dtype=torch.bool)
-    for y, x in itertools.product((0, width, 2 * width), repeat=2):
-        edge = edge | (around[y : y + H, x : x + W] != large)
-    edge = edge & (large > 0)
-    image.paste(colour, mask=to_pil_image(edge.byte() * 255))
+    highest = F.max_pool2d(around, 2 * width + 1, 1)
+    lowest = -F.max_pool2d(-around, 2 * width + 1, 1)
+    edge = (highest != lowest) & (large > 0)
+    image.paste(colour, mask=to_pil_image(edge[0].byte() * 255))
     return image
 
 
-def shorten(words, most):
-    """A long name loses its middle."""
-    if len(words) > most:
-        half = (most - 3) // 2
-        words = f"{words[:half]}...{words[-half:]}"
-    return words
+def tile(images, columns):
+    """Images of one size -> one image of them, row by row."""
+    tiles = make_grid([pil_to_tensor(image) for image in images], columns, GAP, pad_value=255)
+    return to_pil_image(tiles[:, GAP:-GAP, GAP:-GAP])
 
 
-def write(image, place, words, size=24, colour=INK, anchor="la", align="left", halo=0):
-    """The font has only ASCII: an ä is written as a, and what has no such likeness as ?."""
-    parts = unicodedata.normalize("NFKD", words)
-    letters = "".join(letter for letter in parts if not unicodedata.combining(letter))
-    letters = letters.encode("ascii", "replace").decode()
-    edge = {"stroke_width": halo, "stroke_fill": WHITE}
-    ImageDraw.Draw(image).text(place, letters, colour, font(size), anchor, 10, align, **edge)
-
-
-def fitting_size(words, width, most=24, least=16):
-    """-> the largest font size in which all words fit, or 0."""
-    lines = "\n".join(words).split("\n")
-    for size in range(most, least - 1, -1):
-        if all(font(size).getlength(line) <= width for line in lines):
-            return size
-    return 0
+def write(image, place, words, size=24, colour=INK, anchor="la", align="left"):
+    ImageDraw.Draw(image).text(place, words, colour, font(size), anchor, 10, align)
 
 
 def write_in_cells(image, cells, labels):
     """Writes labels [R][C] into the cells uint8 [R,C,3] of an image, if they fit."""
     h = image.height / len(labels)
     w = image.width / len(labels[0])
-    size = fitting_size(itertools.chain(*labels), 0.9 * w, most=min(30, int(0.55 * h)))
+    longest = max(len(words) for words in itertools.chain(*labels))
+    size = int(min(30, 0.55 * h, 1.6 * w / longest))  # a letter is about half as wide as high
+    if size < 16:
+        return
     dark = cells.float() @ torch.tensor([0.3, 0.59, 0.11]) < 110  # [R,C]
-    for r, c in itertools.product(range(len(labels)), range(len(labels[0]))):
-        if size > 0:
+    for r, row in enumerate(labels):
+        for c, words in enumerate(row):
             ink = WHITE if dark[r, c] else INK
-            write(image, ((c + 0.5) * w, (r + 0.5) * h), labels[r][c], size, ink, "mm")
+            write(image, ((c + 0.5) * w, (r + 0.5) * h), words, size, ink, "mm")
 
 
 def token_map(ranks, width, scale=RAMP):
@@ -162,7 +151,7 @@ def swatch(words, width, scale=RAMP):
 
 def sheet(title, note, rows):
     """Rows of (words, image), the words above, under a title and a note -> a page."""
-    note = textwrap.fill(" ".join(note.split()), 120)
+    note = textwrap.fill(" ".join(note.split()), 115)
     page = Image.new("RGB", (WIDTH, 132 + 36 * note.count("\n")), WHITE)
     write(page, (MARGIN, 24), title, 38)
     write(page, (MARGIN, 80), note, 26, DIM)
@@ -203,80 +192,38 @@ def ticks(low, high, most):
             return [round(i * step, 12) for i in numbers]
 
 
-def write_legend(image, y_label, series):
-    """What y is, and what the colours are -> where the room below begins."""
-    write(image, (0, 0), y_label)
-    x = 60 + font(24).getlength(y_label)
-    y = 0
-    for one in series:
-        if not one.label:
-            continue
-        width = 84 + font(24).getlength(one.label)
-        if x + width > image.width:
-            x = 0
-            y += 40
-        ImageDraw.Draw(image).rectangle([x, y + 4, x + 28, y + 24], one.colour)
-        write(image, (x + 40, y), one.label)
-        x += width
-    return y + 48
-
-
-def draw_series(image, series, place):
-    """Draws bars, lines and dots where place(x, y) says."""
-    pen = ImageDraw.Draw(image)
-    bars = [one for one in series if one.style == "bars"]
-
-    # The bars of one x stand side by side and fill four fifths of its room.
-    share = 0.8 / max(1, len(bars))
-    width = place(share, 0)[0] - place(0, 0)[0]
-    numbers = {}
-    for i, one in enumerate(bars):
-        for x, y in zip(one.xs, one.ys):
-            left, top = place(x - 0.4 + share * i, y)
-            pen.rectangle([left, top, left + width - 2, place(x, 0)[1]], one.colour)
-            numbers[left + width / 2, top - 6] = f"{y:#.3g}".rstrip(".")
-
-    # Lines and dots lie over bars. A line of one point is a dot.
-    for one in series:
-        points = [place(x, y) for x, y in zip(one.xs, one.ys)]
-        if one.style == "line":
-            pen.line(points, one.colour, 4, "curve")
-        if one.style == "dots" or (one.style == "line" and len(points) == 1):
-            for x, y in points:
-                pen.ellipse([x - 9, y - 9, x + 9, y + 9], one.colour, WHITE, 2)
-
-    # Numbers over all bars, or over none where two could touch.
-    size = fitting_size(numbers.values(), width - 8)
-    if size > 0:
-        for where, words in numbers.items():
-            write(image, where, words, size, anchor="mb", halo=4)
-
-
 def chart(width, height, series, x_label, y_label, names=None):
     """Series as lines, dots and bars -> an image. Names {x: words} replace the numbers below."""
     image = Image.new("RGB", (width, height), WHITE)
     pen = ImageDraw.Draw(image)
 
+    # What y is, and what the colours are.
+    write(image, (0, 0), y_label)
+    top = 48
+    for one in series:
+        if one.label:
+            pen.rectangle([0, top, 28, top + 20], one.colour)
+            write(image, (40, top - 4), one.label)
+            top += 36
+
     # The part of the plane that is shown. Bars are whole and begin at zero.
     xs = [x for one in series for x in one.xs]
     ys = [y for one in series for y in one.ys]
+    bars = [one for one in series if one.style == "bars"]
     left = min(xs)
     right = max(*xs, left + 1)
-    room = 0.12 * (max(ys) - min(ys))
-    if room == 0:
-        room = 0.1
+    room = max(0.12 * (max(ys) - min(ys)), 1e-9)
     low = min(ys) - room
     high = max(ys) + room
-    if any(one.style == "bars" for one in series):
+    if bars:
         left = round(left) - 0.5
         right = round(max(xs)) + 0.5
         low = 0
 
     # Where it lies in the image.
-    top = write_legend(image, y_label, series)
     if names is None:
         names = {x: f"{x:g}" for x in ticks(left, right, width // 120) if x == round(x)}
-    foot = height - 76 - 37 * max(words.count("\n") for words in names.values())
+    foot = height - 76 - 34 * max(words.count("\n") for words in names.values())
     x_unit = (width - 152) / (right - left)
     y_unit = (foot - top) / (high - low)
 
@@ -287,12 +234,29 @@ def chart(width, height, series, x_label, y_label, names=None):
     for y in ticks(low, high, (foot - top) / 80):
         pen.line([place(left, y), place(right, y)], "#DDDDDD", 2)
         write(image, (100, place(left, y)[1]), f"{y:g}", 24, DIM, "rm")
-    size = fitting_size(names.values(), 0.85 * (width - 152) / len(names), least=10)
     for x, words in names.items():
-        write(image, (place(x, low)[0], foot + 12), words, max(10, size), DIM, "ma", "center")
+        write(image, (place(x, low)[0], foot + 12), words, 24, DIM, "ma", "center")
     pen.line([112, top, 112, foot, width - 40, foot], DIM, 2)
     write(image, (width, height - 4), x_label, 24, DIM, "rd")
-    draw_series(image, series, place)
+
+    # The bars of one x stand side by side and fill four fifths of its room.
+    share = 0.8 / max(1, len(bars))
+    for i, one in enumerate(bars):
+        for x, y in zip(one.xs, one.ys):
+            start, high = place(x - 0.4 + share * i, y)
+            end = start + share * x_unit - 2
+            pen.rectangle([start, high, end, foot], one.colour)
+            if end - start > 50:  # wide enough for three digits and a point
+                write(image, ((start + end) / 2, high - 6), f"{y:#.3g}", 22, INK, "mb")
+
+    # Lines and dots lie over bars. A line of one point is a dot.
+    for one in series:
+        points = [place(x, y) for x, y in zip(one.xs, one.ys)]
+        if one.style == "line":
+            pen.line(points, one.colour, 4, "curve")
+        if one.style == "dots" or (one.style == "line" and len(points) == 1):
+            for point in points:
+                pen.circle(point, 9, one.colour, WHITE, 2)
     return image
 
 
@@ -319,51 +283,42 @@ def with_yours(config):
     return {**STRATEGIES, name.strip(): {flag: getattr(config, flag) for flag in changed}}
 
 
-def draw_segments(photo, config):
-    """A photo uint8 [H,W,3], and an order of every strategy, yours (config) last."""
+def draw_segments(photo, strategies=STRATEGIES, seed=0):
+    """A photo uint8 [H,W,3] and an order of each of the strategies {name: settings}."""
     in_figure = ("pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5")
     letters = dict(zip(in_figure, ("(b) ", "(c) ", "(d) ", "(e) ", "(f) ")))
     panels = [("(a) image", enlarge(photo, column(5)))]
-    for i, (name, settings) in enumerate(with_yours(config).items()):
-        generator = seeded("cpu", config.seed, i)
-        ranks = sample_ranks(Config(**settings), 1, generator=generator)[0]
-        words = f"{letters.get(name, '')}{name}\n{len(ranks)} tokens, {ranks.max() + 1} ranks"
-        panels.append((words, token_map(ranks, column(5))))
-    note = """A cell is a token, its number and colour are its rank. Tokens of one rank form a
-        segment: they are predicted together, from those of lower rank. Rank 0 is given. Scatter:
-        the control of Table 5. Yours: as your flags say."""
+    for i, (name, settings) in enumerate(strategies.items()):
+        strategy = Config(**settings)
+        ranks = sample_ranks(strategy, 1, generator=seeded("cpu", seed, i))[0]
+        kind = "pixels" if strategy.patch_size == 1 else "patches"
+        size = f"{strategy.grid} x {strategy.grid} {kind}, {ranks.max() + 1} ranks"
+        panels.append((f"{letters.get(name, '')}{name}\n{size}", token_map(ranks, column(5))))
+    note = """A cell is a token; its number and its colour are its rank. The tokens of one rank form
+        a segment: they are predicted together, from those of lower rank. Those of rank 0 are given.
+        (The pixel raster is shown for a smaller image: 32 x 32 pixels would have 1024 ranks.)"""
     rows = [panels[:5], panels[5:], [swatch("predicted first ... last", 300)]]
     return sheet("What is predicted when, by strategy (Figure 2)", note, rows)
 
 
-def arrow(image, start, end, colour, edge):
-    """From start to shortly before end, both [2] (x, y), bowed to pass by what lies between."""
-    # The curve ends before the disc that marks a segment.
+def arrow(pen, start, end, colour):
+    """Draws an arrow from start to shortly before end, both [2] (x, y)."""
     way = end - start
-    gap = (34 / way.norm()).clamp(max=0.3)
-    t = torch.linspace(0, 1, 50)[:, None] * (1 - gap)
-    bow = way.flip(0) * torch.tensor([-0.5, 0.5])  # across the way
-    curve = start + t * way + t * (1 - t) * bow  # [50,2]
-
-    # Its head looks along its last piece.
-    points = [tuple(point) for point in curve.tolist()]
-    pen = ImageDraw.Draw(image)
-    pen.line(points, edge, 9, "curve")
-    pen.line(points, colour, 4, "curve")
-    back = curve[-2] - curve[-1]
-    angle = math.degrees(math.atan2(back[0], back[1]))
-    pen.regular_polygon((*points[-1], 13), 3, angle, colour, edge, 2)
+    tip = end - way * (38 / way.norm()).clamp(max=0.5)  # before the disc that marks a segment
+    points = [tuple(start.tolist()), tuple(tip.tolist())]
+    pen.line(points, WHITE, 14)
+    pen.line(points, colour, 8)
+    angle = math.degrees(math.atan2(-way[0], -way[1]))
+    pen.regular_polygon((*points[1], 18), 3, angle, colour, WHITE)
 
 
 def traversal(partitions, ranks, width):
     """Partitions and ranks [N] -> a map with arrows from segment to segment, and how often they
     leave a partition."""
-    # One of seven hues for each partition, lighter for later segments.
+    # One of seven pale hues for each partition.
     grid = as_grid(ranks)
     hues = blend(as_grid(partitions) % 7 / 6, HUES[3:]).float()
-    late = grid[..., None] / max(1, grid.max())
-    cells = hues.lerp(torch.tensor(255.0), 0.65 * late).byte()
-    image = outline(enlarge(cells, width), grid + 1)
+    image = outline(enlarge(hues.lerp(torch.tensor(255.0), 0.6).byte(), width), grid + 1)
 
     # The centre of a segment lies inside it, however bent it is: its tokens nearest to the mean.
     centres = []
@@ -376,13 +331,12 @@ def traversal(partitions, ranks, width):
     homes = ranks.new_zeros(len(centres))
     homes[ranks] = partitions
     leaves = homes.diff() != 0
+    pen = ImageDraw.Draw(image)
     for k in reversed(range(len(leaves))):
-        colours = (WHITE, INK) if leaves[k] else (INK, WHITE)
-        arrow(image, centres[k], centres[k + 1], *colours)
+        arrow(pen, centres[k], centres[k + 1], RED if leaves[k] else INK)
     for k, centre in enumerate(centres):
-        x, y = centre.tolist()
-        ImageDraw.Draw(image).ellipse([x - 22, y - 22, x + 22, y + 22], WHITE, INK, 2)
-        write(image, (x, y), str(k), 24, INK, "mm")
+        pen.circle(centre.tolist(), 24, WHITE, INK, 2)
+        write(image, centre.tolist(), str(k), 28, INK, "mm")
     return image, f"leaves a partition in {leaves.sum()} of {len(leaves)} steps"
 
 
@@ -402,14 +356,26 @@ def draw_hierarchy(config):
             counts = " -> ".join(map(str, shown.hierarchy[: len(used)]))
             row.append((f"{segments} {counts}\n{leaves}", image))
         rows.append(row)
-    note = """Hue: partition. Light: late. Arrows: order of prediction, white where they leave a
-        partition. Left: flat. Right: hierarchical, each partition is done before it is left."""
+    note = """A hue is a partition, a number a segment's rank. Arrows show the order of prediction:
+        black within a partition, red where it is left. On the left, the order is flat. On the
+        right it is hierarchical: each partition is finished before the next is begun."""
     return sheet("Flat and hierarchical serialization (Figure 3)", note, rows)
 
 
 def some_steps(last, most):
     """-> the steps 1 to last or, where they are more than `most`, only so many of them, evenly."""
     return torch.linspace(1, last, min(last, most)).round().int().tolist()
+
+
+def palette_for(frame):
+    """-> an image whose palette has the colours of ranks, words and lines, and those of a frame."""
+    ranks = blend(torch.linspace(0, 1, 64))
+    words = blend(torch.linspace(0, 1, 8), (INK, WHITE))
+    lines = blend([0, 1], (RED, GREY))
+    fixed = torch.cat([ranks, words, lines]).flatten().tolist()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((fixed + frame.quantize(256 - 74).getpalette())[:768])
+    return palette
 
 
 def draw_order(photo, ranks, predicted=None, most=64):
@@ -422,18 +388,20 @@ def draw_order(photo, ranks, predicted=None, most=64):
         in_numbers = token_map(ranks, len(grid) * (column(2) // len(grid)))
         predicted = pil_to_tensor(in_numbers).movedim(0, -1)
     frames = []
-    for step in some_steps(last + 1, most):  # in the end all is given
+    for step in some_steps(last + 1, most):
         given = enlarge(reveal(photo, grid < step), column(2))
         right = enlarge(reveal(predicted, grid <= step), column(2))
         outline(given, (grid + 1) * (grid >= step), "#E8E8E8")
         for image in (given, right):
             outline(image, grid == step, RED, 6)
-        note = f"Step {min(step, last)} of {last}. Outlined: predicted from all that is given."
+        note = f"Step {step} of {last}: the outlined tokens are predicted from all that is given."
+        if step > last:
+            note = f"After step {last} all tokens are predicted."
         page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
         frames.append(page.reduce(2))
 
-    # One palette for all makes a far smaller file. Halfway all colours are there.
-    palette = frames[(len(frames) - 1) // 2].quantize()
+    # One palette for all makes a far smaller file. The last frame has all of the photo.
+    palette = palette_for(frames[-1])
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -472,9 +440,10 @@ def draw_masks(ranks):
         panels = mask_panels(shown, column(4), order)
         rows.append([(f"ranks\n{order}", token_map(shown, column(4))), *panels])
     rows.append([swatch(words, 200, (colour, colour)) for words, colour in MASK.items()])
-    note = """Row i may look at column j where the cell is blue. Bands: colours of the ranks. Left
-        out are the last segment in the encoder, as nothing comes after it, and the first in the
-        decoder, as nothing comes before it. Sorted by rank (serialized) these are the ends."""
+    note = """The token of row i may look at that of column j where the cell is blue. The bands show
+        the colours of their ranks. The last segment is left out of the encoder, as nothing comes
+        after it, and the first out of the decoder, as nothing comes before it. When tokens are
+        serialized (sorted by rank), these are the ends."""
     return sheet("Attention masks: who may look at whom (Figure 4)", note, rows)
 
 
@@ -514,7 +483,7 @@ def draw_predictions(model, images, ranks, labels):
 
         # What is given, some of the steps, all that they predict, and how far off it is.
         given = reveal(photo, grid == 0)
-        row = [(shorten(labels[i], 14), photo), ("given", given)]
+        row = [(labels[i][:14], photo), ("given", given)]
         for step in steps:
             shown = reveal(predicted[i], grid == step, reveal(photo, grid < step))
             row.append((f"rank {step} of {last}", shown))
@@ -525,8 +494,10 @@ def draw_predictions(model, images, ranks, labels):
             outline(image, grid == step, RED, 4)
         rows.append(row)
     rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600)])
-    note = """Outlined: predicted, from the true pixels shown. Grey: unknown; in the error: given.
-        Normalized patches have their true mean and deviation, which the model does not predict."""
+    note = """The outlined tokens are predicted from the true pixels that are shown with them; what
+        is grey is not known yet. In the picture of the error, grey is what was given."""
+    if model.config.target == "normalized":
+        note += " Each patch has its true mean and contrast, which the model does not predict."
     return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
 
 
@@ -535,8 +506,9 @@ def draw_skips(model):
     """The weights W of Section 4.2."""
     check(model.config.skip, "the model has no skip connections: train one without --no-skip")
     W = model.skip
+    start = randsac.RandSAC(model.config).skip
     rows = []
-    for words, values in (("W", W), ("W less its start", W - randsac.RandSAC(model.config).skip)):
+    for words, values in (("W after training", W), ("change of W in training", W - start)):
         # White is zero. A row and a column for names come before the weights.
         scaled = values / values.abs().max().clamp(min=1e-9)
         cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
@@ -546,77 +518,166 @@ def draw_skips(model):
         image = enlarge(cells, column(1), 56 * len(cells))
         write_in_cells(image, cells, labels)
         rows.append([(words, image)])
-    note = "Decoder layer l reads Z[l], the sum over k of W[l,k] H[k]. Blue: below zero."
+    note = """Decoder layer l reads Z[l], the sum of the encoder layers' outputs H[k], weighted by
+        W[l,k]. It begins by reading the last encoder layer alone. Orange: above zero, blue: below
+        zero."""
     return sheet("Trainable skip connections (Section 4.2)", note, rows)
 
 
 @torch.no_grad()
-def attention_weights(model, image, mask):
-    """Image float [3,H,W], mask [N,N] -> weights [L,h,N,N] of all heads of all encoder layers."""
-    grid = model.config.grid
-    tokens = randsac.patchify(image[None], model.config.patch_size)
-    x = model.embed(tokens) + randsac.positions(grid, grid, model.config.dim)
-    weights = []
-    for layer in model.encoder:
-        y = layer.norm_attention(x)
-        q, k, _ = layer.attention.split(y, y)  # [1,h,N,d] each
+def attention_weights(model, image, ranks=None):
+    """Image float [3,H,W], ranks [N] -> weights [h,N,N] of each attention as the model predicts: of
+    the encoder layers, then of each decoder layer's self- and cross-attention. Without ranks: of
+    the encoder layers as it encodes, without a mask."""
+    found = []
+
+    def note(attention, inputs, output):
+        x, memory, mask = inputs
+        q, k, _ = attention.split(x, memory)  # [1,h,N,d] each
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [1,h,N,N]
-        weights.append(scores.masked_fill(~mask, -torch.inf).softmax(-1))
-        x = layer(x, mask)
-    return torch.cat(weights)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        found.append(scores.softmax(-1)[0])
+
+    parts = [part for part in model.modules() if isinstance(part, randsac.Attention)]
+    hooks = [part.register_forward_hook(note) for part in parts]
+    if ranks is None:
+        model.encode(image[None])
+    else:
+        model.predict(image[None], ranks[None])
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def draw_attention(model, image, ranks, token=None):
-    """Image float [3,H,W], ranks [N]: where a token looks, in every head of every encoder layer."""
+    """Image float [3,H,W], ranks [N]: where a token looks, in every head of every layer."""
     if token is None:  # the first of a middle rank: some segments are hidden from it
         token = (ranks == ranks.max() // 2).nonzero()[0].item()
     N = len(ranks)
+    L = model.config.depth
     heads = model.config.heads
     check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
     check(heads <= 32, f"{heads} heads do not fit on a page of {WIDTH} pixels")
 
-    # A map of each head and layer, with the mask and without it.
+    # What was trained to predict, the encoder as it is probed, and what each of them may look at.
+    masked = attention_weights(model, image, ranks)
+    free = attention_weights(model, image)
+    source, target, memory = randsac.attention_masks(ranks)  # [N,N] each
+    kinds = [
+        ("encoder in pre-training, masked", masked[:L], source),
+        ("encoder in probing, not masked", free, torch.ones_like(source)),
+        ("decoder, self-attention: what else is asked for", masked[L::2], target),
+        ("decoder, cross-attention: what is given", masked[L + 1 :: 2], memory),
+    ]
+    if ranks[token] == 0:  # the decoder is never asked for it
+        kinds = kinds[:2]
+
+    # A row of maps for each layer, one for each head.
     here = as_grid(torch.arange(N) == token)
-    source = randsac.attention_masks(ranks)[0]  # [N,N]
-    everything = torch.ones_like(source)
     panels = []
-    for words, mask in (("masked: pre-training", source), ("not masked: probing", everything)):
+    for words, layers, mask in kinds:
         maps = []
-        for weights in attention_weights(model, image, mask)[:, :, token].flatten(0, 1):  # [N]
+        for weights in torch.cat(layers)[:, token]:  # [N]
             cells = reveal(blend(as_grid(weights / weights.max())), as_grid(mask[token]))
-            maps.append(pil_to_tensor(outline(enlarge(cells, column(2 * heads)), here, RED, 3)))
-        tiles = to_pil_image(make_grid(maps, heads, GAP, pad_value=255))
-        panels.append((words, tiles.crop((GAP, GAP, tiles.width - GAP, tiles.height))))
+            maps.append(outline(enlarge(cells, column(2 * heads)), here, RED, 3))
+        panels.append((words, tile(maps, heads)))
 
     # Above them: which token it is.
     top = [("", enlarge(photos(image[None])[0], 240)), ("", token_map(ranks, 240))]
     for _, picture in top:
         outline(picture, here, RED, 4)
-    note = f"""The outlined token (rank {ranks[token]}): a row for each encoder layer, the first on
-        top, a column for each head. Left, later segments are hidden (grey). A scale per map."""
-    rows = [top, panels, [swatch("weight: 0 ... largest of the map", 400)]]
-    return sheet("Where a token looks (Section 4.1)", note, rows)
+    note = f"""Each map shows how much the outlined token (of rank {ranks[token]}) attends to every
+        other: a row of maps for each layer, the first on top, a column for each head. Grey: the
+        mask hides it. Each map has a scale of its own."""
+    legend = [swatch("weight: 0 ... largest of the map", 400)]
+    return sheet("Where a token looks (Section 4.1)", note, [top, panels[:2], panels[2:], legend])
 
 
-def draw_loss_by_rank(model, images, ranks):
-    """Images float [B,3,H,W], ranks [B,N]: the mean error of the tokens of each rank."""
-    _, errors, zeros = predict(model, images, ranks)  # [B,N]
+def draw_loss_by_rank(model, config, images, ranks):
+    """Images float [B,3,H,W], ranks [B,N] as config says: the mean error of tokens of each rank."""
+    parts = zip(images.split(32), ranks.split(32))
+    found = [torch.stack(predict(model, *part)[1:]) for part in parts]
+    errors, zeros = torch.cat(found, 1)  # [B,N] each
     steps = list(range(1, ranks.max() + 1))
     losses = [errors[ranks == step].mean().item() for step in steps]
     zero = zeros[ranks > 0].mean().item()
+    series = [Series(steps, losses, BLUE, "bars")]
     ends = [0.6, len(steps) + 0.4]
-    line = Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}")
-    series = [Series(steps, losses, BLUE, "bars"), line]
-    image = chart(column(1), 760, series, "rank", "mean squared error")
-    note = f"Mean over {len(images)} images and orders. The higher the rank, the more is given."
+    series.append(Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"))
+    note = f"""The mean over {len(images)} images, each in an order of its own. The higher the
+        rank, the more is given, and the lower is the loss."""
+
+    # Partitions of squares begin at the same ranks in all images.
+    if config.segments == "square" and len(config.hierarchy) > 1:
+        note += """ It jumps where a new partition begins (grey lines): few neighbours of its first
+            segment are known yet."""
+        each = config.hierarchy[0] // config.hierarchy[1]
+        for step in range(each, len(steps) + 1, each):
+            series.append(Series([step - 0.5, step - 0.5], [0, zero], DIM, "line"))
+    image = chart(column(1), 760, series, "rank", "mean squared error of a token")
     return sheet("Context helps: loss by rank (Section 3)", note, [[("", image)]])
 
 
-def probe_name(row):
-    """A row of probes.jsonl -> protocol, what was probed, on which images."""
-    what = "random weights" if row["random_init"] else row["features"]
-    where = row["data_dir"] if row["dataset"] == "folder" else row["dataset"]
-    return row["protocol"], what, where
+@torch.no_grad()
+def likeness(model, images, others):
+    """Images float [Q,3,S,S] in [-1, 1], others uint8 [n,3,H,W] -> cosines [2,Q,n] between their
+    features and between their pixels. In parts: only one is in memory at a time."""
+    config = model.config
+
+    def unit_vectors(x):
+        features = model.encode(x).mean(1)  # [B,D]
+        return F.normalize(features, dim=1), F.normalize(x.flatten(1), dim=1)
+
+    features, pixels = unit_vectors(images)
+    found = []
+    for part in tqdm(others.split(max(1, 4096 // config.tokens)), "neighbours", unit="part"):
+        x, y = unit_vectors(randsac.normalize(part, config.image_size))
+        found.append(torch.stack([features @ x.T, pixels @ y.T]))
+    return torch.cat(found, 2)
+
+
+def draw_neighbours(model, images, labels, others, names, of):
+    """Images float [Q,3,S,S] with a label each: for each the NEAREST of others, uint8 [n,3,H,W]
+    with names; `of` says what others are. An image's equals, such as itself, are left out."""
+    cosines = likeness(model, images, others)  # [2,Q,n]
+    cosines = cosines.masked_fill(cosines[1] > 1 - 1e-5, -torch.inf)
+    enough = (cosines[0] > -torch.inf).sum(1).min() >= NEAREST
+    check(enough, f"it shows {NEAREST} other training images, and there are {len(others)} in all")
+    labelled = len(set(names)) > 1 and set(labels) <= set(names)
+    small = column(NEAREST + 2)
+    rows = []
+    for i, photo in enumerate(photos(images)):
+        tiles = []
+        hits = []
+        for k in cosines[:, i].topk(NEAREST).indices.flatten().tolist():
+            other = randsac.normalize(others[k : k + 1], model.config.image_size)
+            tiles.append(enlarge(photos(other)[0], small))
+            hits.append(names[k] == labels[i])
+            if labelled and hits[-1]:
+                outline(tiles[-1], torch.ones(1, 1), GREEN, 8)
+        words = "nearest by features, and below by raw pixels"
+        if labelled:
+            counts = f"{sum(hits[:NEAREST])} and {sum(hits[NEAREST:])} of {NEAREST}"
+            words += f": {counts} are of the same class"
+        large = enlarge(photo, 2 * small + GAP)
+        rows.append([(labels[i][:28], large), (words, tile(tiles, NEAREST))])
+    note = f"""The {NEAREST} nearest {of}, by the cosine between features and between pixels."""
+    if labelled:
+        note += " A green frame: the same class as the image on the left. The model saw no labels."
+    return sheet("What the features find alike (Section 5.1)", note, rows)
+
+
+def probed(row):
+    """A row of probes.jsonl -> its protocol, and what was probed."""
+    if row["features"] == "pixels":
+        return row["protocol"], "raw pixels"
+    return row["protocol"], "untrained" if row["random_init"] else "trained"
+
+
+def place_of(row):
+    """A row of probes.jsonl -> on which images it was measured."""
+    return row["data_dir"] if row["dataset"] == "folder" else row["dataset"]
 
 
 def over_steps(rows, key, colour, style, label=""):
@@ -625,29 +686,41 @@ def over_steps(rows, key, colour, style, label=""):
     return Series(list(points), list(points.values()), colour, style, label)
 
 
+def probe_chart(runs, place):
+    """A list of rows of probes.jsonl for each run -> a chart of those on these images."""
+    found = [[row for row in probes if place_of(row) == place] for probes in runs]
+    measured = {probed(row) for probes in found for row in probes}
+    protocols = sorted({protocol for protocol, _ in measured})
+    kinds = itertools.product(protocols, ("trained", "untrained", "raw pixels"))
+    kinds = [kind for kind in kinds if kind in measured]
+    bars = []
+    for hue, probes in zip(HUES, found):
+        top1 = {kinds.index(probed(row)): row["top1"] for row in probes}  # the last one counts
+        bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
+    names = {x: "\n".join(kind) for x, kind in enumerate(kinds)}
+    return chart(column(1), 520, bars, "", f"probes of {place[-90:]}, top-1 %", names)
+
+
 def draw_curves(runs):
     """A list of (directory of a run, rows of its metrics.jsonl, rows of its probes.jsonl)."""
     check(len(runs) <= len(HUES), f"{len(runs)} runs do not all have a colour: name fewer")
     losses = []
     rates = []
-    bars = []
-    probed = sorted({probe_name(row) for _, _, probes in runs for row in probes})
-    for hue, (run, rows, probes) in zip(HUES, runs):
+    for hue, (run, rows, _) in zip(HUES, runs):
         # The first losses are so high that all later ones would look alike.
         late = [row for row in rows if row["step"] > 0.02 * rows[-1]["step"]]
-        losses.append(over_steps(late, "loss", hue, "line", shorten(str(run), 60)))
+        losses.append(over_steps(late, "loss", hue, "line", str(run)[-100:]))
         losses.append(over_steps(rows, "held_out_loss", hue, "dots"))
         rates.append(over_steps(rows, "lr", hue, "line"))
-
-        # Of probes of one kind the last counts.
-        top1 = {probed.index(probe_name(row)): row["top1"] for row in probes}
-        bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
-    charts = [chart(column(1), 660, losses, "step", "loss, from 2 % of the steps on")]
+    charts = [chart(column(1), 660, losses, "step", "loss, without the first 2 % of the steps")]
     charts.append(chart(column(1), 400, rates, "step", "learning rate"))
-    if probed:
-        names = ["\n".join(shorten(word, 18) for word in kind) for kind in probed]
-        charts.append(chart(column(1), 560, bars, "", "probe, top-1 %", dict(enumerate(names))))
-    note = "Lines: crops of training images. Dots: whole held-out ones, maybe harder or easier."
+
+    # What single layers are worth has a picture of its own.
+    probes = [[row for row in rows if row["protocol"] != "layers"] for _, _, rows in runs]
+    for place in sorted({place_of(row) for rows in probes for row in rows}):
+        charts.append(probe_chart(probes, place))
+    note = """Lines: the loss on random crops of training images. Dots: on whole held-out images,
+        which may be harder or easier. Untrained: the same encoder with random weights."""
     rows = [[("", image)] for image in charts]
     return sheet("Loss, learning rate and probes (Section 5)", note, rows)
 
@@ -655,14 +728,23 @@ def draw_curves(runs):
 def draw_layers(probes):
     """Rows of probes.jsonl: how good the features of each encoder layer are."""
     found = [row for row in probes if row["protocol"] == "layers"]
-    check(found, "its layers are not probed yet: use probe.py with --protocol layers")
-    series = []
-    for key, label, hue in (("layers", "linear", BLUE), ("layers_knn", "kNN", ORANGE)):
-        if key in found[-1]:
-            layers = list(range(1, len(found[-1][key]) + 1))
-            series.append(Series(layers, found[-1][key], hue, "bars", label))
-    image = chart(column(1), 700, series, "layer", "top-1 %")
-    note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
+    trained = [row for row in found if not row["random_init"]]
+    mend = "use probe.py with --protocol layers"
+    check(trained, f"its layers are not probed yet: {mend}")
+    last = trained[-1]
+    floors = [row for row in found if row["random_init"] and place_of(row) == place_of(last)]
+    note = f"""Accuracy of classifiers on the frozen features of each layer, on {place_of(last)[-60:]}.
+        The paper probes the last layer."""
+    series = [Series([], last["layers"], BLUE, "bars", "linear")]
+    series.append(Series([], last["layers_knn"], ORANGE, "bars", "kNN"))
+    if floors:
+        series.insert(1, Series([], floors[-1]["layers"], PALE_BLUE, "bars", "linear, untrained"))
+        series.append(Series([], floors[-1]["layers_knn"], PALE_ORANGE, "bars", "kNN, untrained"))
+    else:
+        note += f" The floors, of an untrained encoder, are missing: {mend} --random-init."
+    layers = list(range(1, len(last["layers"]) + 1))
+    bars = [one._replace(xs=layers) for one in series]
+    image = chart(column(1), 760, bars, "layer", "top-1 %")
     return sheet("Probes by depth (Section 5.1)", note, [[("", image)]])
 
 
@@ -727,16 +809,28 @@ def fill_page(data):
 # 6. From the command line to pictures
 
 FIGURES = ["segments", "hierarchy", "order", "masks"]  # 1 to 4 of the paper
-OF_MODELS = ["predictions", "skips", "attention", "loss-by-rank"]
-PICTURES = [*FIGURES, *OF_MODELS, "curves", "layers", "explore"]  # in the order of index.html
-SHOW_IMAGES = {"segments", "order", "predictions", "attention", "loss-by-rank", "explore"}
-SHOW_ORDERS = SHOW_IMAGES | {"hierarchy", "masks"}
-# Which pictures a flag changes: beside others alone it is refused.
-ACTS = dict.fromkeys(ORDER_FLAGS, SHOW_ORDERS)
-ACTS.update(dict.fromkeys(("image", "dataset", "data_dir"), SHOW_IMAGES))
-ACTS.update(last_rank=SHOW_ORDERS - {"hierarchy"}, token={"attention"})
+OF_MODELS = ["predictions", "neighbours", "loss-by-rank", "attention", "skips"]
+# What index.html says of each picture, in its order.
+CAPTIONS = {
+    "explore": "A page to touch: orders, masks and, of a trained model, predictions.",
+    "segments": "The strategies of the paper differ only in the rank that each token gets.",
+    "hierarchy": "A hierarchical order finishes a partition before it begins the next.",
+    "order": "One image, predicted segment by segment.",
+    "masks": "The three attention masks are three comparisons of ranks.",
+    "predictions": "What the model predicts from the segments that it is given.",
+    "neighbours": "What the model's features find alike, and what raw pixels do.",
+    "loss-by-rank": "The more is known around a token, the better it is predicted.",
+    "attention": "Where a token looks, in every head of every layer.",
+    "skips": "How much each decoder layer reads from each encoder layer.",
+    "curves": "How training went, and what the features are worth.",
+    "layers": "What the features of each encoder layer are worth.",
+}
+PICTURES = list(CAPTIONS)
+SHOW_IMAGES = {"segments", "order", "explore", *OF_MODELS} - {"skips"}
 ENDINGS = {"order": "gif", "explore": "html"}
-SHOWN = 128  # images at most: the first few for pictures, all for loss-by-rank
+SHOWN = 512  # images at most: the first few for pictures, all for loss-by-rank
+NEAREST = 6  # neighbours shown
+SEARCHED = 5_000  # training images that neighbours are looked for among, at most
 INDEX = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>RandSAC</title>
 <style>body { max-width: 50em; margin: auto; font-family: sans-serif } img { width: 100% }</style>
@@ -746,7 +840,8 @@ INDEX = """<!DOCTYPE html>
 def read_arguments(arguments):
     """-> the words of the command line, and {flag: value} of the flags that were given."""
     fields = {field.name for field in dataclasses.fields(Config)}
-    parser = randsac.make_parser(__doc__, leave_out=fields - ACTS.keys())
+    shown = {*ORDER_FLAGS, "dataset", "data_dir"}
+    parser = randsac.make_parser(__doc__, leave_out=fields - shown)
     add = parser.add_argument
     path = randsac.user_path
     pictures = f"{', '.join(PICTURES)}, all; with curves also directories of runs"
@@ -761,27 +856,16 @@ def read_arguments(arguments):
 
 def read_config(flags):
     """-> the model or None, and Config: that of the model, with the flags that were given."""
-    model = None
-    settings = {}
-    if "checkpoint" in flags:
-        fixed = {"image_size", "patch_size"} & flags.keys()
-        check(not fixed, "--image-size and --patch-size are the checkpoint's: leave them out")
-        model, trained = randsac.load_model(flags["checkpoint"])
-        settings = dataclasses.asdict(trained)
-        if "segments" in flags:  # another strategy
-            for name in ("hierarchy", "order", "last_rank"):
-                settings.pop(name)
-        if flags.get("dataset", trained.dataset) != trained.dataset:  # in another folder
-            settings.pop("data_dir")
-
-    # What is given on the command line comes before what the run had.
-    for name in (*ORDER_FLAGS, "dataset", "data_dir"):
-        if name in flags:
-            settings[name] = flags[name]
-    return model, Config(**settings)
+    given = {name: flags[name] for name in (*ORDER_FLAGS, "dataset", "data_dir") if name in flags}
+    if "checkpoint" not in flags:
+        return None, Config(**given)
+    fixed = {"image_size", "patch_size"} & flags.keys()
+    check(not fixed, "--image-size and --patch-size are the checkpoint's: leave them out")
+    model, trained = randsac.load_model(flags["checkpoint"])
+    return model, randsac.with_flags(trained, given)
 
 
-def choose_pictures(words, flags, config):
+def choose_pictures(words, flags):
     """-> names of pictures, directories of runs, and whether all that can be drawn are wanted."""
     everything = "all" in words or (not words and "checkpoint" in flags)
     names = [word for word in words if word in PICTURES]
@@ -790,18 +874,11 @@ def choose_pictures(words, flags, config):
     elif not words:
         names = FIGURES
     runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
-    if runs and "curves" not in names:
-        raise UserError(f"there is no picture {runs[0]}: choose from {', '.join(PICTURES)}, all")
+    for run in runs:
+        known = "curves" in names
+        check(known, f"there is no picture {run}: choose from {', '.join(PICTURES)}, all")
     if "checkpoint" in flags:
         runs = [flags["checkpoint"].parent, *runs]
-
-    # Every flag changes one of the pictures, or is refused.
-    for flag in flags.keys() & ACTS.keys():
-        acts = not ACTS[flag].isdisjoint(names)
-        check(acts, f"{flag_name(flag)} changes nothing in {', '.join(names)}: leave it out")
-    flat = len(config.hierarchy) < 2 and ("segments" in flags or "hierarchy" in flags)
-    wanted = "give --hierarchy two counts, such as 16 4"
-    check(not flat or names != ["hierarchy"], f"hierarchy shows segments in partitions: {wanted}")
     return names, runs, everything
 
 
@@ -811,8 +888,6 @@ def choose_images(flags, config, model):
     if model is None:  # no model minds: the larger, the nicer
         size = config.grid * math.ceil(128 / config.grid)
     if "image" in flags:
-        alone = "dataset" not in flags and "data_dir" not in flags
-        check(alone, "--image takes the place of a data set: leave out --dataset and --data-dir")
         image = torch.tensor(randsac.decode_image(flags["image"], size))
         return randsac.normalize(image.expand(5, -1, -1, -1), size), [flags["image"].name] * 5
 
@@ -838,41 +913,52 @@ def choose_images(flags, config, model):
     names = [classes[label] for label in labels.tolist()]
     order = torch.randperm(len(names), generator=seeded("cpu", config.seed, 1)).tolist()
     firsts = {names[i]: i for i in reversed(order)}
-    order = [*firsts.values(), *order][:SHOWN]
+    order = list(dict.fromkeys([*firsts.values(), *order]))[:SHOWN]
     return randsac.normalize(images[order], size), [names[i] for i in order]
 
 
-def read_rows(path, numbers, words=()):
-    """Rows of a .jsonl file that hold these numbers and words, without a last one, half written."""
+def choose_others(config):
+    """-> training images in which to look for neighbours, their classes, and words for them."""
+    images, labels, classes = randsac.load_images(config, train=True)
+    of = f"of {len(images)} training images"
+    if len(images) > SEARCHED:
+        of = f"of {SEARCHED} training images, evenly spread over all {len(images)}"
+    kept = torch.linspace(0, len(images) - 1, min(len(images), SEARCHED)).long()
+    return images[kept], [classes[label] for label in labels[kept].tolist()], of
+
+
+def read_rows(path, names):
+    """Rows of a .jsonl file that have these names, without a last one that is half written."""
     try:
-        rows = [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+        rows = [json.loads(line) for line in lines]
         for row in rows:
-            values = [row[key] for key in numbers] + [row.get("held_out_loss", 0)]
-            values += row.get("layers", []) + row.get("layers_knn", [])
-            check(math.isfinite(sum(values)), f"its numbers are {values}")
-            check(row.keys() >= set(words), f"a row has not all of {', '.join(words)}")
+            check(row.keys() >= names, f"a row has not all of {', '.join(sorted(names))}")
         check(rows, "no row is written yet")
         return rows
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         message = f"{path} is not the log of a run ({error}): name another directory"
         raise UserError(message) from error
 
 
 def read_run(folder):
     """Directory of a run -> rows of its metrics.jsonl, rows of its probes.jsonl if there is one."""
-    rows = read_rows(folder / "metrics.jsonl", ("step", "loss", "lr"))
+    rows = read_rows(folder / "metrics.jsonl", {"step", "loss", "lr"})
     if not (folder / "probes.jsonl").exists():
         return rows, []
-    words = ("protocol", "features", "random_init", "dataset", "data_dir")
-    return rows, read_rows(folder / "probes.jsonl", ("top1",), words)
+    names = {"top1", "protocol", "features", "random_init", "dataset", "data_dir"}
+    return rows, read_rows(folder / "probes.jsonl", names)
 
 
 def draw(name, model, config, images, labels, ranks, runs, flags):
     """-> the picture of that name: an image, frames of a GIF, or a page of HTML."""
     check(model or name not in OF_MODELS, "it shows what a model does: give its --checkpoint")
     check(runs or name not in ("curves", "layers"), "it shows a run: give the --checkpoint of one")
+    strategies = STRATEGIES
+    if not flags.keys().isdisjoint(ORDER_FLAGS):
+        strategies = with_yours(config)
     if name == "segments":
-        return draw_segments(photos(images[:1])[0], config)
+        return draw_segments(photos(images[:1])[0], strategies, config.seed)
     if name == "hierarchy":
         return draw_hierarchy(config)
     if name == "order":
@@ -882,40 +968,41 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
         return draw_masks(ranks[0])
     if name == "predictions":
         return draw_predictions(model, images[:5], ranks[:5], labels)
-    if name == "skips":
-        return draw_skips(model)
+    if name == "neighbours":
+        count = len(set(labels[:4]))  # --image gives the same one several times
+        return draw_neighbours(model, images[:count], labels[:count], *choose_others(config))
+    if name == "loss-by-rank":
+        return draw_loss_by_rank(model, config, images, ranks[: len(images)])
     if name == "attention":
         return draw_attention(model, images[0], ranks[0], flags.get("token"))
-    if name == "loss-by-rank":
-        return draw_loss_by_rank(model, images, ranks[: len(images)])
+    if name == "skips":
+        return draw_skips(model)
     if name == "curves":
         return draw_curves([(run, *read_run(run)) for run in runs])
     if name == "layers":
         return draw_layers(read_run(runs[0])[1])
-    strategies = STRATEGIES
-    if not flags.keys().isdisjoint(ORDER_FLAGS):
-        strategies = with_yours(config)
     title = runs[0].resolve().name if model else ""
     return fill_page(explorer_data(strategies, config, model, title, images, ranks, labels))
 
 
 def save(picture, path):
     """Writes a page of HTML, the frames of a GIF, or an image."""
-    if path.suffix == ".html":
-        randsac.write_whole(path, lambda file: file.write(picture.encode()))
-    elif path.suffix == ".gif":
-        times = [500] * (len(picture) - 1) + [2500]  # ms: the end stays longer
-        more = {"save_all": True, "append_images": picture[1:], "loop": 0, "duration": times}
-        randsac.write_whole(path, lambda file: picture[0].save(file, "GIF", **more))
-    else:
-        randsac.write_whole(path, lambda file: picture.save(file, "PNG"))
+    with randsac.write_whole(path) as file:
+        if path.suffix == ".html":
+            file.write(picture.encode())
+        elif path.suffix == ".gif":
+            times = [500] * (len(picture) - 1) + [2500]  # ms: the end stays longer
+            more = {"save_all": True, "append_images": picture[1:], "loop": 0, "duration": times}
+            picture[0].save(file, "GIF", **more)
+        else:
+            picture.save(file, "PNG")
     print(f"wrote {path}")
 
 
 def main(arguments):
     words, flags = read_arguments(arguments)
     model, config = read_config(flags)
-    names, runs, everything = choose_pictures(words, flags, config)
+    names, runs, everything = choose_pictures(words, flags)
 
     # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
     images = None
@@ -938,18 +1025,13 @@ def main(arguments):
             continue
         save(picture, path)
         if name == "explore":
-            index += f'<p><a href="{path.name}">Orders and masks, to play with</a></p>\n'
+            index += f'<p><a href="{path.name}">{CAPTIONS[name]}</a></p>\n'
         else:
-            index += f'<img src="{path.name}" alt="{name}">\n'
+            index += f'<img src="{path.name}" alt="{name}"><p>{CAPTIONS[name]}</p>\n'
 
     if everything:
         save(index, out / "index.html")
         print(f"next: open {out / 'index.html'} in a browser")
-    elif "explore" in names:
-        print(f"next: open {out / 'explore.html'} in a browser")
-    else:
-        following = "all" if model else "explore"
-        print("next:", randsac.command_line("visualize.py", following, *flag_words(flags)))
 
 
 if __name__ == "__main__":
