@@ -80,11 +80,6 @@ def test_raster_order_equals_a_slow_version():
         assert torch.equal(ranks, slow_raster(levels)), config
 
 
-def test_raster_patches_go_row_by_row():
-    ranks = randsac.sample_ranks(micro(image_size=32, segments="patch", order="raster"), 2)
-    assert torch.equal(ranks, torch.arange(64).expand(2, -1))
-
-
 NESTED = [
     ("square", (16, 4)),
     ("square", (64, 16, 4)),

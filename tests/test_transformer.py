@@ -27,27 +27,13 @@ def test_masks_of_figure_4():
 
 def test_masks_are_the_three_comparisons_of_ranks():
     ranks = randsac.sample_ranks(micro(segments="blob", hierarchy=(5,)), 3)
-    source, target, memory = randsac.attention_masks(ranks)
-    for mask in (source, target, memory):
-        assert mask.dtype == torch.bool
-        assert mask.shape == (3, 16, 16)
+    masks = randsac.attention_masks(ranks)
     for b in range(3):
         r = ranks[b].tolist()
-        assert source[b].tolist() == [[i >= j for j in r] for i in r]
-        assert target[b].tolist() == [[i >= j >= 1 for j in r] for i in r]
-        assert memory[b].tolist() == [[i > j for j in r] for i in r]
-
-
-def test_masks_of_the_given_are_empty_as_in_the_paper():
-    rng = np.random.default_rng(1)
-    for _ in range(30):
-        ranks = randsac.sample_ranks(random_config(rng), 3)
-        source, target, memory = randsac.attention_masks(ranks)
-        assert not target[ranks == 0].any()
-        assert not memory[ranks == 0].any()
-        assert source.any(-1).all()
-        assert target[ranks > 0].any(-1).all()
-        assert memory[ranks > 0].any(-1).all()
+        source, target, memory = (mask[b].tolist() for mask in masks)
+        assert source == [[i >= j for j in r] for i in r]
+        assert target == [[i >= j >= 1 for j in r] for i in r]
+        assert memory == [[i > j for j in r] for i in r]
 
 
 # --- nothing leaks
@@ -121,7 +107,7 @@ def square_hierarchies(grid):
 def all_orders():
     """(grid, segments, hierarchy): each strategy on each grid, with every hierarchy of squares."""
     found = []
-    for grid in (2, 3, 4, 6, 8):
+    for grid in (2, 3, 4):
         N = grid**2
         found += [(grid, "patch", ()), (grid, "mae", ())]
         found += [(grid, "square", hierarchy) for hierarchy in square_hierarchies(grid)]
@@ -129,7 +115,7 @@ def all_orders():
             found += [(grid, segments, (N // 2 + 1,)), (grid, segments, (N, 2))]
             if grid > 3:
                 found.append((grid, segments, (11, 5, 3)))
-    return found
+    return [*found, (8, "square", (64, 16, 4)), (6, "square", (9,))]
 
 
 def last_ranks(config):
@@ -155,15 +141,15 @@ def test_no_leak_for_every_strategy(grid, segments, hierarchy):
                     assert_no_leak(config, trim=True, seed=1)
 
 
-def test_no_leak_for_200_random_configurations():
+def test_no_leak_for_60_random_configurations():
     rng = np.random.default_rng(2)
     tried = {False: 0, True: 0}
-    for seed in range(200):
+    for seed in range(60):
         config = random_config(rng, dim=8)
         trim = config.segments in ("patch", "square", "mae") and bool(rng.integers(2))
         assert_no_leak(config, trim, seed)
         tried[trim] += 1
-    assert min(tried.values()) > 40  # both paths were tried
+    assert min(tried.values()) > 10  # both paths were tried
 
 
 def test_no_leak_when_ranks_are_arbitrary():
@@ -180,43 +166,23 @@ def test_no_leak_when_ranks_are_arbitrary():
         assert torch.equal(gradient[b] > 0, ranks[b] < ranks[b, n])
 
 
-def decoder_attentions(model):
-    for layer in model.decoder:
-        yield layer.self_attention
-        yield layer.cross_attention
-
-
 @pytest.mark.parametrize("segments, hierarchy", [("square", (4,)), ("blob", (5, 2)), ("mae", ())])
 def test_nobody_reads_what_the_given_find_in_the_decoder(segments, hierarchy):
-    """In `decode` the rows of rank 0 look at everything. No prediction may hang on it."""
+    """In `decode` the rows of rank 0 look at everything. If they find something else, no bit of a
+    prediction changes."""
     config = micro(segments=segments, hierarchy=hierarchy, decoder_depth=3)
     model = random_model(config)
     tokens = torch.randn(3, 16, 48).double()
     ranks = randsac.sample_ranks(config, 3)
     given = ranks == 0
-
-    # By gradient, with respect to what every row finds in every attention of the decoder.
-    found = []
-    hooks = [
-        part.register_forward_hook(lambda _, inputs, output: found.append(output))
-        for part in decoder_attentions(model)
-    ]
     prediction = model.decode(tokens, ranks)
-    for hook in hooks:
-        hook.remove()
-    assert len(found) == 6
-    gradients = torch.autograd.grad((prediction**2)[~given].sum(), found)
-    for gradient in gradients:
-        gradient = gradient.abs().amax(-1)  # [B,N]
-        assert (gradient[given] == 0).all()
-        assert (gradient[~given] > 0).all()
 
-    # By perturbation: they find something else, and no bit of a prediction changes.
     def replace(module, inputs, output):
         return torch.where(given[..., None], 100 * torch.randn_like(output), output)
 
-    for part in decoder_attentions(model):
-        part.register_forward_hook(replace)
+    for layer in model.decoder:
+        layer.self_attention.register_forward_hook(replace)
+        layer.cross_attention.register_forward_hook(replace)
     again = model.decode(tokens, ranks)
     assert torch.equal(again[~given], prediction[~given])
     assert (again[given] != prediction[given]).any(-1).all()
@@ -253,20 +219,18 @@ def test_every_row_of_every_attention_may_look_at_something(segments, hierarchy,
         if isinstance(part, randsac.Attention):
             part.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[2]))
     model(torch.randn(4, 3, 16, 16), randsac.sample_ranks(config, 4), trim=trim)
-    if not trim:
+    if not trim:  # samples of a single segment, too
         model(torch.randn(4, 3, 16, 16), torch.zeros(4, 64, dtype=torch.int64))
     assert len(masks) == (6 if trim else 12)
     for mask in masks:
         assert mask.any(-1).all()
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("segments, hierarchy, trim", PATHS)
 def test_losses_predictions_and_gradients_are_finite(segments, hierarchy, trim, dtype):
     settings = {"image_size": 16, "patch_size": 2, "segments": segments, "hierarchy": hierarchy}
-    if len(hierarchy) == 2:
-        settings["last_rank"] = 2
-    config = micro(**settings)
+    config = micro(**settings, last_rank=2 if len(hierarchy) == 2 else 0)
     model = randsac.RandSAC(config)
     images = torch.randn(4, 3, 16, 16)
     ranks = randsac.sample_ranks(config, 4)
@@ -562,25 +526,18 @@ def test_a_model_of_any_dtype_encodes(dtype, near):
 def test_positions_are_those_of_the_formula():
     """Half of the width codes the row, half the column: sines, then cosines, whose wavelengths go
     from 2 pi to nearly 10,000 times that."""
-    for dim in range(4, 1025, 4):
+    for dim in (4, 8, 20, 64, 192, 768):
         n = dim // 4
+        frequency = 1 / np.power(10_000.0, np.arange(n) / n)
         code = randsac.positions(3, 5, dim)
         assert code.shape == (15, dim)
-        frequency = 1 / np.power(10_000.0, np.arange(n) / n)
-        expected = np.zeros((15, dim))
         for row in range(3):
             for col in range(5):
-                token = expected[5 * row + col]
-                token[:n] = np.sin(row * frequency)
-                token[n : 2 * n] = np.sin(col * frequency)
-                token[2 * n : 3 * n] = np.cos(row * frequency)
-                token[3 * n :] = np.cos(col * frequency)
-        assert np.abs(code.numpy() - expected).max() < 1e-5, dim
+                angle = np.concatenate([row * frequency, col * frequency])
+                expected = np.concatenate([np.sin(angle), np.cos(angle)])
+                assert np.abs(code[5 * row + col].numpy() - expected).max() < 1e-5, dim
 
 
-def test_positions_are_fixed_and_tell_all_tokens_apart():
+def test_positions_tell_all_tokens_apart():
     code = randsac.positions(8, 8, 32)
-    assert torch.equal(code, randsac.positions(8, 8, 32))
     assert torch.cdist(code, code).add(torch.eye(64) * 9).min() > 0.5
-    narrow = randsac.positions(8, 3, 32).view(8, 3, 32)
-    assert torch.equal(narrow, code.view(8, 8, 32)[:, :3])  # a place is a place in any grid
