@@ -87,7 +87,7 @@ def main(arguments):
     (out / "randsac.py").write_text(take_out(source), encoding="utf-8")
 
     # Tell pytest where randsac.py is, which marks there are, and to show no more than helps.
-    settings = ["[pytest]", "pythonpath = .", "addopts = -q --tb=short", "markers ="]
+    settings = ["[pytest]", "pythonpath = .", "addopts = -q --tb=short --assert=plain", "markers ="]
     settings += [f"    exercise{number}: grades exercise {number} alone" for number in EXERCISES]
     (out / "pytest.ini").write_text("\n".join(settings) + "\n", encoding="utf-8")
     print(f"{out} is the hand-out: ASSIGNMENT.md tells students what to do.")

@@ -1,4 +1,4 @@
-"""The assignment: what the hand-out holds and gives away, that each exercise is graded alone, that
+"""The assignment: what the hand-out holds, that each exercise is graded alone, and that
 wrong answers fail and other right ones pass."""
 
 import ast
@@ -52,7 +52,8 @@ def grade(number, texts):
             patch.setattr(home, name, namespace[name])
         for test in tests:
             try:
-                raised.append(test())
+                test()
+                raised.append(None)
             except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (a student's)
                 raised.append(error)
     return raised
