@@ -243,11 +243,11 @@ def chart(width, height, series, x_label, y_label, names=None):
     share = 0.8 / max(1, len(bars))
     for i, one in enumerate(bars):
         for x, y in zip(one.xs, one.ys):
-            start, high = place(x - 0.4 + share * i, y)
+            start, end_y = place(x - 0.4 + share * i, y)
             end = start + share * x_unit - 2
-            pen.rectangle([start, high, end, foot], one.colour)
+            pen.rectangle([start, end_y, end, foot], one.colour)
             if end - start > 50:  # wide enough for three digits and a point
-                write(image, ((start + end) / 2, high - 6), f"{y:#.3g}", 22, INK, "mb")
+                write(image, ((start + end) / 2, end_y - 6), f"{y:#.3g}", 22, INK, "mb")
 
     # Lines and dots lie over bars. A line of one point is a dot.
     for one in series:
@@ -367,17 +367,6 @@ def some_steps(last, most):
     return torch.linspace(1, last, min(last, most)).round().int().tolist()
 
 
-def palette_for(frame):
-    """-> an image whose palette has the colours of ranks, words and lines, and those of a frame."""
-    ranks = blend(torch.linspace(0, 1, 64))
-    words = blend(torch.linspace(0, 1, 8), (INK, WHITE))
-    lines = blend([0, 1], (RED, GREY))
-    fixed = torch.cat([ranks, words, lines]).flatten().tolist()
-    palette = Image.new("P", (1, 1))
-    palette.putpalette((fixed + frame.quantize(256 - 74).getpalette())[:768])
-    return palette
-
-
 def draw_order(photo, ranks, predicted=None, most=64):
     """A photo uint8 [H,W,3], its predictions alike, ranks [N] -> frames of a GIF, one a step."""
     grid = as_grid(ranks)
@@ -400,8 +389,12 @@ def draw_order(photo, ranks, predicted=None, most=64):
         page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
         frames.append(page.reduce(2))
 
-    # One palette for all makes a far smaller file. The last frame has all of the photo.
-    palette = palette_for(frames[-1])
+    # One palette for all makes a far smaller file: ranks, words, lines, and what the last shows.
+    colours = [*blend(torch.linspace(0, 1, 64)), *blend(torch.linspace(0, 1, 8), (INK, WHITE))]
+    colours += blend([0, 1], (RED, GREY))
+    fixed = torch.stack(colours).flatten().tolist()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(fixed + frames[-1].quantize(256 - len(colours)).getpalette())
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -505,23 +498,19 @@ def draw_predictions(model, images, ranks, labels):
 def draw_skips(model):
     """The weights W of Section 4.2."""
     check(model.config.skip, "the model has no skip connections: train one without --no-skip")
+    # White is zero. A row and a column for names come before the weights.
     W = model.skip
-    start = randsac.RandSAC(model.config).skip
-    rows = []
-    for words, values in (("W after training", W), ("change of W in training", W - start)):
-        # White is zero. A row and a column for names come before the weights.
-        scaled = values / values.abs().max().clamp(min=1e-9)
-        cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
-        labels = [["", *(f"H[{k + 1}]" for k in range(W.shape[1]))]]
-        for i, row in enumerate(values.tolist()):
-            labels.append([f"Z[{i + 1}]", *(f"{value:.2f}" for value in row)])
-        image = enlarge(cells, column(1), 56 * len(cells))
-        write_in_cells(image, cells, labels)
-        rows.append([(words, image)])
+    scaled = W / W.abs().max().clamp(min=1e-9)
+    cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
+    labels = [["", *(f"H[{k + 1}]" for k in range(W.shape[1]))]]
+    for i, row in enumerate(W.tolist()):
+        labels.append([f"Z[{i + 1}]", *(f"{weight:.2f}" for weight in row)])
+    image = enlarge(cells, column(1), 56 * len(cells))
+    write_in_cells(image, cells, labels)
     note = """Decoder layer l reads Z[l], the sum of the encoder layers' outputs H[k], weighted by
-        W[l,k]. It begins by reading the last encoder layer alone. Orange: above zero, blue: below
-        zero."""
-    return sheet("Trainable skip connections (Section 4.2)", note, rows)
+        W[l,k]. Before training, the weight of the last encoder layer was 1 and all others were 0.
+        Orange: above zero. Blue: below zero."""
+    return sheet("Trainable skip connections (Section 4.2)", note, [[("", image)]])
 
 
 @torch.no_grad()
@@ -558,7 +547,6 @@ def draw_attention(model, image, ranks, token=None):
     L = model.config.depth
     heads = model.config.heads
     check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
-    check(heads <= 32, f"{heads} heads do not fit on a page of {WIDTH} pixels")
 
     # What was trained to predict, the encoder as it is probed, and what each of them may look at.
     masked = attention_weights(model, image, ranks)
@@ -605,13 +593,13 @@ def draw_loss_by_rank(model, config, images, ranks):
     series = [Series(steps, losses, BLUE, "bars")]
     ends = [0.6, len(steps) + 0.4]
     series.append(Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"))
-    note = f"""The mean over {len(images)} images, each in an order of its own. The higher the
-        rank, the more is given, and the lower is the loss."""
+    note = f"""The mean over {len(images)} images, each in an order of its own. With the
+        rank grows what is given, and the loss falls."""
 
     # Partitions of squares begin at the same ranks in all images.
     if config.segments == "square" and len(config.hierarchy) > 1:
-        note += """ It jumps where a new partition begins (grey lines): few neighbours of its first
-            segment are known yet."""
+        note += """ It jumps at each grey line, where a new partition begins: of the first segment
+            there, few neighbours or none are known yet."""
         each = config.hierarchy[0] // config.hierarchy[1]
         for step in range(each, len(steps) + 1, each):
             series.append(Series([step - 0.5, step - 0.5], [0, zero], DIM, "line"))
@@ -620,51 +608,43 @@ def draw_loss_by_rank(model, config, images, ranks):
 
 
 @torch.no_grad()
-def likeness(model, images, others):
-    """Images float [Q,3,S,S] in [-1, 1], others uint8 [n,3,H,W] -> cosines [2,Q,n] between their
-    features and between their pixels. In parts: only one is in memory at a time."""
-    config = model.config
-
-    def unit_vectors(x):
-        features = model.encode(x).mean(1)  # [B,D]
-        return F.normalize(features, dim=1), F.normalize(x.flatten(1), dim=1)
-
-    features, pixels = unit_vectors(images)
-    found = []
-    for part in tqdm(others.split(max(1, 4096 // config.tokens)), "neighbours", unit="part"):
-        x, y = unit_vectors(randsac.normalize(part, config.image_size))
-        found.append(torch.stack([features @ x.T, pixels @ y.T]))
-    return torch.cat(found, 2)
+def unit_vectors(model, images):
+    """Images uint8 [B,3,H,W] -> their features [B,D] and their pixels [B,3SS], of length 1."""
+    x = randsac.normalize(images, model.config.image_size)
+    return F.normalize(model.encode(x).mean(1), dim=1), F.normalize(x.flatten(1), dim=1)
 
 
-def draw_neighbours(model, images, labels, others, names, of):
-    """Images float [Q,3,S,S] with a label each: for each the NEAREST of others, uint8 [n,3,H,W]
-    with names; `of` says what others are. An image's equals, such as itself, are left out."""
-    cosines = likeness(model, images, others)  # [2,Q,n]
+def draw_neighbours(model, images, labels, others, names, among):
+    """Images uint8 [Q,3,H,W] with a label each: which of the others, with names, are the nearest.
+    Those that equal an image, such as itself, are left out. `among`: words for the others."""
+    features, pixels = unit_vectors(model, images)
+    cosines = []
+    parts = others.split(max(1, 4096 // model.config.tokens))  # all at once may not fit in memory
+    for part in tqdm(parts, "neighbours", unit="part"):
+        x, y = unit_vectors(model, part)
+        cosines.append(torch.stack([features @ x.T, pixels @ y.T]))
+    cosines = torch.cat(cosines, 2)  # [2,Q,n]
     cosines = cosines.masked_fill(cosines[1] > 1 - 1e-5, -torch.inf)
     enough = (cosines[0] > -torch.inf).sum(1).min() >= NEAREST
     check(enough, f"it shows {NEAREST} other training images, and there are {len(others)} in all")
-    labelled = len(set(names)) > 1 and set(labels) <= set(names)
-    small = column(NEAREST + 2)
+
+    # Where there are labels, a frame tells the same class.
+    labelled = len(set(names)) > 1 and labels[0] in names
+    width = column(NEAREST + 2)
     rows = []
-    for i, photo in enumerate(photos(images)):
+    for i, image in enumerate(images):
         tiles = []
-        hits = []
         for k in cosines[:, i].topk(NEAREST).indices.flatten().tolist():
-            other = randsac.normalize(others[k : k + 1], model.config.image_size)
-            tiles.append(enlarge(photos(other)[0], small))
-            hits.append(names[k] == labels[i])
-            if labelled and hits[-1]:
+            tiles.append(enlarge(others[k].movedim(0, -1), width))
+            if labelled and names[k] == labels[i]:
                 outline(tiles[-1], torch.ones(1, 1), GREEN, 8)
+        large = enlarge(image.movedim(0, -1), 2 * width + GAP)
         words = "nearest by features, and below by raw pixels"
-        if labelled:
-            counts = f"{sum(hits[:NEAREST])} and {sum(hits[NEAREST:])} of {NEAREST}"
-            words += f": {counts} are of the same class"
-        large = enlarge(photo, 2 * small + GAP)
         rows.append([(labels[i][:28], large), (words, tile(tiles, NEAREST))])
-    note = f"""The {NEAREST} nearest {of}, by the cosine between features and between pixels."""
+    note = f"""The {NEAREST} nearest of {among}: above by the cosine between the model's features,
+        below by that between raw pixels."""
     if labelled:
-        note += " A green frame: the same class as the image on the left. The model saw no labels."
+        note += " A green frame: the class of the image on the left, which the model never saw."
     return sheet("What the features find alike (Section 5.1)", note, rows)
 
 
@@ -686,65 +666,56 @@ def over_steps(rows, key, colour, style, label=""):
     return Series(list(points), list(points.values()), colour, style, label)
 
 
-def probe_chart(runs, place):
-    """A list of rows of probes.jsonl for each run -> a chart of those on these images."""
-    found = [[row for row in probes if place_of(row) == place] for probes in runs]
-    measured = {probed(row) for probes in found for row in probes}
-    protocols = sorted({protocol for protocol, _ in measured})
-    kinds = itertools.product(protocols, ("trained", "untrained", "raw pixels"))
-    kinds = [kind for kind in kinds if kind in measured]
-    bars = []
-    for hue, probes in zip(HUES, found):
-        top1 = {kinds.index(probed(row)): row["top1"] for row in probes}  # the last one counts
-        bars.append(Series(list(top1), list(top1.values()), hue, "bars"))
-    names = {x: "\n".join(kind) for x, kind in enumerate(kinds)}
-    return chart(column(1), 520, bars, "", f"probes of {place[-90:]}, top-1 %", names)
-
-
 def draw_curves(runs):
     """A list of (directory of a run, rows of its metrics.jsonl, rows of its probes.jsonl)."""
     check(len(runs) <= len(HUES), f"{len(runs)} runs do not all have a colour: name fewer")
     losses = []
-    rates = []
     for hue, (run, rows, _) in zip(HUES, runs):
         # The first losses are so high that all later ones would look alike.
         late = [row for row in rows if row["step"] > 0.02 * rows[-1]["step"]]
         losses.append(over_steps(late, "loss", hue, "line", str(run)[-100:]))
         losses.append(over_steps(rows, "held_out_loss", hue, "dots"))
-        rates.append(over_steps(rows, "lr", hue, "line"))
     charts = [chart(column(1), 660, losses, "step", "loss, without the first 2 % of the steps")]
-    charts.append(chart(column(1), 400, rates, "step", "learning rate"))
 
-    # What single layers are worth has a picture of its own.
+    # A chart of the probes on each data set. Each layer's probe has a picture of its own.
     probes = [[row for row in rows if row["protocol"] != "layers"] for _, _, rows in runs]
     for place in sorted({place_of(row) for rows in probes for row in rows}):
-        charts.append(probe_chart(probes, place))
+        top1 = [
+            {probed(row): row["top1"] for row in rows if place_of(row) == place} for rows in probes
+        ]
+        kinds = sorted(set().union(*top1))
+        bars = []
+        for hue, values in zip(HUES, top1):
+            xs = [kinds.index(kind) for kind in values]
+            bars.append(Series(xs, list(values.values()), hue, "bars"))
+        names = dict(enumerate("\n".join(kind) for kind in kinds))
+        charts.append(chart(column(1), 520, bars, "", f"probes of {place[-90:]}, top-1 %", names))
     note = """Lines: the loss on random crops of training images. Dots: on whole held-out images,
         which may be harder or easier. Untrained: the same encoder with random weights."""
     rows = [[("", image)] for image in charts]
-    return sheet("Loss, learning rate and probes (Section 5)", note, rows)
+    return sheet("Loss and probes (Sections 5 and 5.1)", note, rows)
 
 
 def draw_layers(probes):
     """Rows of probes.jsonl: how good the features of each encoder layer are."""
-    found = [row for row in probes if row["protocol"] == "layers"]
-    trained = [row for row in found if not row["random_init"]]
-    mend = "use probe.py with --protocol layers"
-    check(trained, f"its layers are not probed yet: {mend}")
+    rows = [row for row in probes if row["protocol"] == "layers"]
+    trained = [row for row in rows if not row["random_init"]]
+    check(trained, "its layers are not probed yet: use probe.py with --protocol layers")
     last = trained[-1]
-    floors = [row for row in found if row["random_init"] and place_of(row) == place_of(last)]
-    note = f"""Accuracy of classifiers on the frozen features of each layer, on {place_of(last)[-60:]}.
-        The paper probes the last layer."""
-    series = [Series([], last["layers"], BLUE, "bars", "linear")]
-    series.append(Series([], last["layers_knn"], ORANGE, "bars", "kNN"))
-    if floors:
-        series.insert(1, Series([], floors[-1]["layers"], PALE_BLUE, "bars", "linear, untrained"))
-        series.append(Series([], floors[-1]["layers_knn"], PALE_ORANGE, "bars", "kNN, untrained"))
-    else:
-        note += f" The floors, of an untrained encoder, are missing: {mend} --random-init."
-    layers = list(range(1, len(last["layers"]) + 1))
-    bars = [one._replace(xs=layers) for one in series]
-    image = chart(column(1), 760, bars, "layer", "top-1 %")
+    floors = [row for row in rows if row["random_init"] and place_of(row) == place_of(last)]
+    note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
+    if not floors:
+        note += " For that of an untrained encoder, use probe.py --protocol layers --random-init."
+    xs = list(range(1, len(last["layers"]) + 1))
+    series = []
+    for key, name, colour, pale in (
+        ("layers", "linear", BLUE, PALE_BLUE),
+        ("layers_knn", "kNN", ORANGE, PALE_ORANGE),
+    ):
+        series.append(Series(xs, last[key], colour, "bars", name))
+        if floors:
+            series.append(Series(xs, floors[-1][key], pale, "bars", f"{name}, untrained"))
+    image = chart(column(1), 760, series, "layer", f"top-1 % on {place_of(last)[-90:]}")
     return sheet("Probes by depth (Section 5.1)", note, [[("", image)]])
 
 
@@ -865,23 +836,6 @@ def read_config(flags):
     return model, randsac.with_flags(trained, given)
 
 
-def choose_pictures(words, flags):
-    """-> names of pictures, directories of runs, and whether all that can be drawn are wanted."""
-    everything = "all" in words or (not words and "checkpoint" in flags)
-    names = [word for word in words if word in PICTURES]
-    if everything:
-        names = PICTURES
-    elif not words:
-        names = FIGURES
-    runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
-    for run in runs:
-        known = "curves" in names
-        check(known, f"there is no picture {run}: choose from {', '.join(PICTURES)}, all")
-    if "checkpoint" in flags:
-        runs = [flags["checkpoint"].parent, *runs]
-    return names, runs, everything
-
-
 def choose_images(flags, config, model):
     """-> images float [n,3,S,S], the first ones of different classes, and a label for each."""
     size = config.image_size
@@ -918,36 +872,31 @@ def choose_images(flags, config, model):
 
 
 def choose_others(config):
-    """-> training images in which to look for neighbours, their classes, and words for them."""
+    """-> training images uint8 [n,3,H,W] among which to look for neighbours, their classes, and
+    words for them."""
     images, labels, classes = randsac.load_images(config, train=True)
-    of = f"of {len(images)} training images"
-    if len(images) > SEARCHED:
-        of = f"of {SEARCHED} training images, evenly spread over all {len(images)}"
-    kept = torch.linspace(0, len(images) - 1, min(len(images), SEARCHED)).long()
-    return images[kept], [classes[label] for label in labels[kept].tolist()], of
+    n = len(images)
+    kept = torch.linspace(0, n - 1, min(n, SEARCHED)).long()
+    among = f"{len(kept)} training images"
+    if n > SEARCHED:
+        among += f", evenly spread over all {n}"
+    return images[kept], [classes[label] for label in labels[kept].tolist()], among
 
 
-def read_rows(path, names):
-    """Rows of a .jsonl file that have these names, without a last one that is half written."""
+def read_rows(path):
+    """Rows of a .jsonl file, without a last one that is half written. None where it is missing."""
     try:
-        lines = path.read_text().rpartition("\n")[0].splitlines()
-        rows = [json.loads(line) for line in lines]
-        for row in rows:
-            check(row.keys() >= names, f"a row has not all of {', '.join(sorted(names))}")
-        check(rows, "no row is written yet")
-        return rows
-    except (OSError, ValueError, AttributeError) as error:
-        message = f"{path} is not the log of a run ({error}): name another directory"
-        raise UserError(message) from error
+        return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as the log of a run: {error}") from error
 
 
 def read_run(folder):
     """Directory of a run -> rows of its metrics.jsonl, rows of its probes.jsonl if there is one."""
-    rows = read_rows(folder / "metrics.jsonl", {"step", "loss", "lr"})
-    if not (folder / "probes.jsonl").exists():
-        return rows, []
-    names = {"top1", "protocol", "features", "random_init", "dataset", "data_dir"}
-    return rows, read_rows(folder / "probes.jsonl", names)
+    rows = read_rows(folder / "metrics.jsonl")
+    check(rows, f"{folder} has no step logged yet: wait a little, or name another directory")
+    probes = folder / "probes.jsonl"
+    return rows, read_rows(probes) if probes.exists() else []
 
 
 def draw(name, model, config, images, labels, ranks, runs, flags):
@@ -970,7 +919,8 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
         return draw_predictions(model, images[:5], ranks[:5], labels)
     if name == "neighbours":
         count = len(set(labels[:4]))  # --image gives the same one several times
-        return draw_neighbours(model, images[:count], labels[:count], *choose_others(config))
+        asked = photos(images[:count]).movedim(-1, 1)
+        return draw_neighbours(model, asked, labels, *choose_others(config))
     if name == "loss-by-rank":
         return draw_loss_by_rank(model, config, images, ranks[: len(images)])
     if name == "attention":
@@ -1002,7 +952,18 @@ def save(picture, path):
 def main(arguments):
     words, flags = read_arguments(arguments)
     model, config = read_config(flags)
-    names, runs, everything = choose_pictures(words, flags)
+    everything = "all" in words or (not words and "checkpoint" in flags)
+    names = [word for word in words if word in PICTURES]
+    if everything:
+        names = PICTURES
+    elif not words:
+        names = FIGURES
+    runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
+    for run in runs:
+        known = "curves" in names
+        check(known, f"there is no picture {run}: choose from {', '.join(PICTURES)}, all")
+    if model:
+        runs.insert(0, flags["checkpoint"].parent)
 
     # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
     images = None
