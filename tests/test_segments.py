@@ -3,7 +3,6 @@
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from conftest import micro
@@ -45,16 +44,6 @@ def test_ranks_are_dense_reproducible_and_fresh(segments, hierarchy, order):
         assert len(different) > (15 if hierarchy == (4,) else 49)  # 4 segments have 24 orders
 
 
-@pytest.mark.parametrize("count, M", [(64, 1), (16, 2), (4, 4)])
-def test_squares_are_M_by_M(count, M):
-    for row in draw("square", (count,)):
-        grid = row.view(8, 8)
-        for i in range(0, 8, M):
-            for j in range(0, 8, M):
-                assert (grid[i : i + M, j : j + M] == grid[i, j]).all()
-        assert row.bincount().tolist() == [M * M] * count
-
-
 def test_square_of_one_token_is_patch():
     assert torch.equal(draw("square", (64,)), draw("patch", ()))
 
@@ -80,55 +69,22 @@ def test_a_segment_lies_in_one_partition_and_that_in_one_of_the_next_level(segme
         assert [len(level[0].unique()) for level in levels] == [64, 16, 4]
 
 
-def slow_blobs(points, drawn):
-    """Points [n,2] of a sample, its drawn numbers [K,5] -> the nearest of the Gaussians by the
-    formula, with covariance matrices."""
-    ids = []
-    for point in points:
-        distances = []
-        for x, y, first, second, turn in drawn:
-            scale = np.diag([(0.1 + 0.2 * first) ** 2, (0.1 + 0.2 * second) ** 2])
-            cos = math.cos(math.pi * turn)
-            sin = math.sin(math.pi * turn)
-            rotation = np.array([[cos, -sin], [sin, cos]])
-            offset = point - np.array([x, y])
-            distances.append(offset @ np.linalg.inv(rotation @ scale @ rotation.T) @ offset)
-        ids.append(int(np.argmin(distances)))
-    return ids
-
-
-def test_blob_is_the_nearest_gaussian_by_mahalanobis_distance():
-    B, K, grid = 20, 6, 8
-    points = [((n % grid + 0.5) / grid, (n // grid + 0.5) / grid) for n in range(grid**2)]  # x, y
-    given = torch.tensor(points).expand(B, -1, -1)
-    ids, means = randsac.blob_segments(given, K, randsac.seeded("cpu", 3))
-    drawn = torch.rand(B, K, 5, generator=randsac.seeded("cpu", 3))
-    assert torch.equal(means, drawn[..., :2])
-    agree = 0
-    for b in range(B):
-        expected = slow_blobs(np.array(points), drawn[b].double().numpy())
-        agree += sum(a == b for a, b in zip(expected, ids[b].tolist()))
-    assert agree >= B * 64 - 1  # one tie may fall otherwise in float32
-
-    # A strategy's blobs are these, with the tokens' centres as points, x along columns.
-    config = micro(image_size=32, segments="blob", hierarchy=(K,))
-    levels = randsac.sample_levels(config, B, generator=randsac.seeded("cpu", 3))
-    assert torch.equal(levels[0], ids)
-
-
-def test_coarser_blobs_group_the_means_of_finer_ones():
+def test_blobs_are_won_by_random_gaussians_and_coarser_ones_win_their_means():
     config = micro(image_size=32, segments="blob", hierarchy=(11, 5))
     levels = randsac.sample_levels(config, 20, generator=randsac.seeded("cpu", 7))
     generator = randsac.seeded("cpu", 7)
-    fine = torch.rand(20, 11, 5, generator=generator)
-    coarse = torch.rand(20, 5, 5, generator=generator)
-    agree = 0
-    for b in range(20):
-        means = fine[b, :, :2].double().numpy()
-        partition_of = slow_blobs(means, coarse[b].double().numpy())
-        expected = [partition_of[k] for k in levels[0][b].tolist()]
-        agree += expected == levels[1][b].tolist()
-    assert agree >= 19
+    points = [((n % 8 + 0.5) / 8, (n // 8 + 0.5) / 8) for n in range(64)]  # x, y of the tokens
+    points = torch.tensor(points).expand(20, -1, -1)
+    groups = []
+    for count in (11, 5):
+        drawn = torch.rand(20, count, 5, generator=generator)
+        means, deviations, angles = drawn.split((2, 2, 1), 2)
+        gaussians = (means, 0.1 + 0.2 * deviations, math.pi * angles[..., 0])
+        groups.append(randsac.nearest_gaussian(points, *gaussians))  # see test_exercises.py
+        points = means
+    blob_of_token, partition_of_blob = groups
+    assert torch.equal(levels[0], blob_of_token)
+    assert torch.equal(levels[1], partition_of_blob.gather(1, blob_of_token))
 
 
 def test_blob_counts_and_sizes_vary():

@@ -53,12 +53,6 @@ def test_partitions_and_segments_inside_them_are_uniform_and_independent():
     assert chi_square(joint, 576) < 720
 
 
-def test_blobs_that_are_there_come_in_every_order():
-    levels = [torch.tensor([0, 5, 5, 7, 7, 7, 2, 2]).expand(24_000, -1)]  # ids with gaps
-    ranks = randsac.serialize(levels, "random", randsac.seeded("cpu", 2))
-    assert chi_square(Counter(orders(ranks[:, [0, 1, 3, 6]])), 24) < 58
-
-
 def slow_raster(levels):
     """Ranks by the words of Section 3.3: the place of a group is its first token's, coarse before
     fine."""
