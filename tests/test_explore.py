@@ -140,11 +140,12 @@ def test_the_shipped_page_is_what_the_command_writes(folder):
     assert len(SHIPPED.encode()) < 1_500_000
 
     # Predictions are alike to rounding, whichever machine made them; all else is the same.
-    for one, other in zip(written["model"]["images"], shipped["model"]["images"], strict=True):
-        one_errors, other_errors = one.pop("errors"), other.pop("errors")
-        assert one_errors == pytest.approx(other_errors, abs=0.003)
-        difference = picture_of(one.pop("predicted")) - picture_of(other.pop("predicted"))
-        assert np.abs(difference).max() <= 2
+    parts = [(written, shipped), *zip(written["model"]["images"], shipped["model"]["images"])]
+    for one, other in parts:
+        for name in one.keys() & {"image", "predicted"}:
+            difference = picture_of(one.pop(name)) - picture_of(other.pop(name))
+            assert np.abs(difference).max() <= (name == "predicted")
+        assert one.pop("errors", []) == pytest.approx(other.pop("errors", []), abs=0.002)
     assert written == shipped
 
 
@@ -178,7 +179,8 @@ SHOWN = """
     filled: [...element("grid").children].map((cell) => ["image", "predicted"].find(
       (kind) => getComputedStyle(cell).backgroundImage.includes(now.order[kind]))),
     inTabOrder: [...element("grid").children].filter((cell) => cell.tabIndex === 0).length,
-    text: Object.fromEntries([...document.querySelectorAll("[id]")].map((e) => [e.id, e.innerText])),
+    text: Object.fromEntries(
+      [...document.querySelectorAll("[id]")].map((e) => [e.id, e.textContent])),
     hidden: [...document.querySelectorAll("[id]")].filter((e) => e.hidden).map((e) => e.id),
     sentences: [...document.querySelectorAll("figure p")].map((p) => p.textContent),
     canvases: [...document.querySelectorAll("canvas")].map((canvas) => canvas.toDataURL()),
@@ -221,9 +223,9 @@ for number in range(4):
 @pytest.fixture(scope="module")
 def visits(folder):
     """-> {visit: {move: what the page showed then}}, and the text of the bare template."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browsers = [shutil.which(name) for name in names if shutil.which(name)]
-    if not browsers:
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    browser = next(filter(None, found), None)
+    if browser is None:
         pytest.skip("there is no Chromium")
 
     # One browser, with a frame for each visit, which can be as narrow as a phone.
@@ -237,11 +239,8 @@ def visits(folder):
         document.body.append(report);
       };
     </script>"""
-    for width, text, act in (
-        (360, page, moves),
-        (1200, page, moves),
-        (500, TEMPLATE, "return document.body.innerText"),
-    ):
+    reading = "return document.body.innerText"
+    for width, text, act in ((360, page, moves), (1200, page, moves), (500, TEMPLATE, reading)):
         act = f"""<script>addEventListener("load", async () => {{
           const act = async () => {{ {act} }};
           parent.postMessage(["{width}", await act()], "*");
@@ -253,8 +252,9 @@ def visits(folder):
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
     flags += " --disable-background-networking --disable-component-update --disable-sync"
     flags += " --virtual-time-budget=20000 --enable-logging=stderr"
-    flags = [*flags.split(), f"--user-data-dir={folder / 'profile'}", str(folder / "visits.html")]
-    result = subprocess.run([browsers[0], *flags], check=False, capture_output=True, text=True)
+    words = [browser, *flags.split(), f"--user-data-dir={folder / 'profile'}"]
+    words.append(str(folder / "visits.html"))
+    result = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in result.stderr, result.stderr  # there errors of scripts are told
     found = re.findall("<pre>(.*?)</pre>", result.stdout, re.DOTALL)
     assert len(found) == 3, result.stderr
@@ -342,6 +342,9 @@ def test_a_page_is_not_wider_than_a_phone_and_names_the_token_below_the_image(vi
         assert 0 <= shown["gap"] < 30
 
 
+FILLINGS = {"given": "image", "next": "predicted", "later": None}
+
+
 def test_predictions_are_shown_and_the_end_shows_them_large(seen, folder):
     page = (folder / "explore.html").read_text(encoding="utf-8")
     for number, image in enumerate(data_of(page)["model"]["images"]):
@@ -349,9 +352,9 @@ def test_predictions_are_shown_and_the_end_shows_them_large(seen, folder):
         ranks = torch.tensor(image["ranks"])
         assert step["ranks"] == image["ranks"]
         assert {"next-order", "merging"} <= {*step["hidden"]}
-        for rank, kind, filled in zip(ranks, step["cells"], step["filled"], strict=True):
-            expected = ("given", "image") if rank < 3 else ("later", None)
-            assert (kind, filled) == (("next", "predicted") if rank == 3 else expected)
+        cells = np.select([ranks < 3, ranks == 3], ["given", "next"], "later").tolist()
+        assert step["cells"] == cells
+        assert step["filled"] == [FILLINGS[cell] for cell in cells]
         assert end["filled"] == ["predicted"] * 64
 
         errors = torch.tensor([math.nan if e is None else e for e in image["errors"]])
