@@ -1,7 +1,6 @@
-"""Is it right on this card? Every test runs on the CPU, where it must pass too, and on each GPU
-that torch finds. `pytest -rA tests/test_gpu.py` shows what was measured and which attention kernels
-refuse our masks. The rest is said in one line: what only CUDA has (its kernels, its peak memory,
-its own check that the host reads nothing) is not tried on a CPU."""
+"""Is it right on this card? Every test runs on the CPU, where it must pass too, and on the GPU that
+torch finds. `pytest -rA tests/test_gpu.py` shows what was measured, and which of CUDA's attention
+kernels refuse our masks. Apple's mps is untried."""
 
 import contextlib
 import copy
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MICRO_FLAGS, HostReads, micro, random_model, run_here
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
 
 import randsac
 
@@ -33,8 +33,8 @@ every_kernel = pytest.mark.parametrize(
     "device, kernel", [(device, name) for device, names in KERNELS.items() for name in names]
 )
 
-# The largest error that is rounding, as a share of what is compared. A mask that is wrong for a
-# single token gives ten times more.
+# The largest error that is rounding, as a share of what is compared. A CPU's are 3e-7, 8e-4 and
+# 0.015. A mask that is read one token off gives more than each.
 ROUNDING = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.06}
 # Strategies with as many tokens as attention may meet: (settings, images' side, trimmed). Trimmed,
 # 16 squares of 64 tokens ask for 60 and patches for 63.
@@ -193,7 +193,7 @@ def test_no_prediction_hangs_on_its_own_or_a_later_segment(device, kernel, dtype
         pytest.skip("mps has no float64")
     for name in CASES:
         model, images, ranks, trim, _ = on(device, name, dtype)
-        images.requires_grad_()
+        images = images.clone().requires_grad_()
         tokens = randsac.patchify(images, model.config.patch_size)
         last = ranks.amax(1, keepdim=True)  # [4,1]
         step = 1 + torch.arange(4, device=device)[:, None] * 5 % last.clamp(min=1)  # [4,1]
@@ -211,21 +211,6 @@ def test_no_prediction_hangs_on_its_own_or_a_later_segment(device, kernel, dtype
         gradient = randsac.patchify(gradient, model.config.patch_size).abs().amax(-1)  # [4,N]
         assert (gradient[ranks >= step] == 0).all(), name
         assert (gradient[(ranks < step) & (last > 0)] > 0).all(), name
-
-
-@pytest.mark.parametrize("device", KERNELS.keys() - {"mps"})  # for which the CPU draws
-@pytest.mark.parametrize("segments", randsac.HIERARCHIES)
-def test_ranks_drawn_there_are_whole(device, segments):
-    """Each sample has all of the ranks 0..K-1, and segments are as large as they should be."""
-    config = micro(segments=segments)
-    ranks = randsac.sample_ranks(config, 64, device, randsac.seeded(device, 0)).cpu()
-    counts = F.one_hot(ranks, config.tokens).sum(1)  # [64,N]
-    present = counts > 0
-    assert torch.equal(present.sum(1), ranks.amax(1) + 1)
-    sizes = randsac.segment_sizes(config)
-    if sizes:
-        assert counts[:, : len(sizes)].tolist() == [sizes] * 64
-    assert len({tuple(row) for row in ranks.tolist()}) > 50  # and samples have their own
 
 
 @contextlib.contextmanager
@@ -259,19 +244,17 @@ def test_a_step_reads_nothing_on_the_host(device, segments, precision):
 @every_device
 def test_the_scaler_leaves_out_a_step_that_overflows_and_goes_on(device):
     model, optimizer, scaler, batch, config = training(device, precision="float16")
-    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**30})
-    start = copy.deepcopy(model.state_dict())
-
-    def moved():
-        now = model.state_dict()
-        return any(not torch.equal(now[name], start[name]) for name in start)
-
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**34})
+    start = parameters_to_vector(model.parameters()).clone()
     loss = step_of(model, optimizer, scaler, batch, config, 10)
-    assert loss.isfinite() and not moved() and scaler.get_scale() == 2.0**29
-    for _ in range(20):
+    assert loss.isfinite()
+    assert torch.equal(parameters_to_vector(model.parameters()), start)
+    assert scaler.get_scale() == 2.0**33
+    for _ in range(24):
         step_of(model, optimizer, scaler, batch, config, 10)
-    assert moved()
-    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+    now = parameters_to_vector(model.parameters())
+    assert now.isfinite().all()
+    assert not torch.equal(now, start)
 
 
 @every_device
@@ -284,12 +267,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
     assert run_here(*flags, "--out", "whole") == 0
 
     # Ctrl-C in the sixth of twelve steps.
-    calls = []
     take_step = randsac.training_step
 
     def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 6:
+        step = arguments[5]
+        if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return take_step(*arguments)
 
@@ -298,14 +280,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
         assert run_here(*flags, "--out", "stopped") == 128 + signal.SIGINT
     assert run_here("--resume", "stopped", "--device", device) == 0
 
-    rows = {}
-    for run in ("whole", "stopped"):
-        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        rows[run] = [json.loads(line) for line in lines]
-        for row in rows[run]:
-            print(run, row)
-            del row["images_per_s"]
-    for whole, stopped in zip(rows["whole"], rows["stopped"], strict=True):
+    logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "stopped")]
+    print(*logs)
+    for lines in zip(*[log.splitlines() for log in logs], strict=True):
+        whole, stopped = [json.loads(line) | {"images_per_s": 0} for line in lines]
         assert stopped == pytest.approx(whole, rel=2e-3)
 
 
@@ -316,15 +294,10 @@ def test_compiled_is_eager(device):
         pytest.skip("--compile needs CUDA and a C compiler")
     model, images, ranks, trim, _ = on(device, "square, 60 tokens")
     compiled = torch.compile(model, backend="inductor" if device == "cuda" else "eager")
-    found = []
-    for each in (model, compiled):
-        with randsac.autocast(images.device):
-            loss = each(images, ranks, trim=trim)
-        parts = torch.autograd.grad(loss, list(model.parameters()))
-        parameters = torch.cat([part.flatten() for part in parts])
-        found.append({"loss": loss.detach().double(), "parameters": parameters.double()})
+    precision = randsac.pick_precision("auto", images.device)
+    found = [outcome(one, images, ranks, trim, "program", precision) for one in (compiled, model)]
     torch.compiler.reset()
-    assert within(error_of(*found), ROUNDING[randsac.pick_precision("auto", images.device)])
+    assert within(error_of(*found), ROUNDING[precision])
 
 
 @every_device
@@ -349,61 +322,59 @@ def test_held_out_loss_takes_no_more_memory_than_a_step(device):
     assert held_out <= step
 
 
-# --- Last, as it may leave a card in disorder: the kernel that the program leaves out.
+# --- Last, as it may leave a card in disorder: the kernel that the program leaves out, as gradients
+# of queries were NaN for 64, 192, ... tokens where all scores of a row lie below -88 (PyTorch's issue
+# 196678). These tests print what it does. They ask only that the program's own choice is finite.
+
+
+def left_out(device):
+    return "CUDNN_ATTENTION" if device == "cuda" else "MATH"
 
 
 def attend(parts, mask, kernel):
     """-> output and gradients of attention of query to key and value, as error_of takes them."""
     parts = [part.detach().requires_grad_() for part in parts]
     with using(kernel):
-        y = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+        y = F.scaled_dot_product_attention(*parts, attn_mask=mask.to(parts[0].device))
     found = [y, *torch.autograd.grad(y.square().sum(), parts)]
     names = ("output", "query", "key", "value")
     return {name: part.detach().cpu().double() for name, part in zip(names, found)}
 
 
 @every_device
+@pytest.mark.parametrize("low", [False, True], ids=["scores near 0", "scores near -120"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [60, 63, 64, 144, 192])
-def test_what_cudnn_attention_does_with_our_masks(device, n, dtype):
-    """The program switches it off: gradients of queries were NaN for 64, 192, ... tokens where all
-    scores of a row lie below -88 (PyTorch's issue 196678). This prints whether they still are, and
-    what it makes of rows that may look at nothing. It asks only that the program's own is finite."""
-    other = "CUDNN_ATTENTION" if device == "cuda" else "MATH"
-    generator = torch.Generator().manual_seed(n)
-    ranks = torch.randint(0, 9, (4, 1, n), generator=generator)
-    source, _, memory = randsac.attention_masks(ranks)  # [4,1,n,n] each
-    memory_or_given = memory | (ranks == 0)[..., None]
-    masks = {"source": source, "memory": memory_or_given, "memory with empty rows": memory}
-    for low in (False, True):
-        # query, key and value, each [B,h,n,d]
-        drawn = torch.randn(3, 4, 2, n, 64, generator=generator, dtype=torch.double)
-        if low:  # every score, a product of query and key, is about -120
-            drawn[0, ..., 0] = 1
-            drawn[1, ..., 0] = -120 * 64**0.5
-        parts = [part.to(device, dtype) for part in drawn]
+def test_what_cudnn_attention_does_with_our_masks(device, dtype, low):
+    for n in (60, 63, 64, 144, 192):
+        generator = torch.Generator().manual_seed(n)
+        query, key, value = torch.randn(3, 4, 2, n, 64, generator=generator)  # [B,h,n,d] each
+        if low:
+            query[..., 0] = 1
+            key[..., 0] = -120 * 64**0.5
+        parts = [part.to(device, dtype) for part in (query, key, value)]
+        ranks = torch.randint(0, 9, (4, 1, n), generator=generator)
+        source, _, memory = randsac.attention_masks(ranks)  # [4,1,n,n] each
+        given = (ranks == 0)[..., None]
+        masks = {"source": source, "memory": memory | given, "memory with empty rows": memory}
         for name, mask in masks.items():
-            wanted = attend(drawn, mask, "MATH")
-            print(f"{other}, {n} tokens, {dtype}, {name}, low scores: {low}", end=" ")
+            wanted = attend([part.cpu().double() for part in parts], mask, "MATH")
+            print(f"{n} tokens, {name}", end=" ")
             try:
-                within(error_of(attend(parts, mask.to(device), other), wanted), 1)
+                within(error_of(attend(parts, mask, left_out(device)), wanted), 1)
             except RuntimeError as error:
                 print(describe(error))
             if name != "memory with empty rows":
-                own = attend(parts, mask.to(device), "program")
-                assert all(value.isfinite().all() for value in own.values()), (name, low)
-                near = ROUNDING[str(dtype).removeprefix("torch.")]
-                assert low or within(error_of(own, wanted), near), name
+                own = attend(parts, mask, "program")
+                assert all(value.isfinite().all() for value in own.values()), (n, name)
 
 
 @every_device
 def test_what_a_model_would_get_of_cudnn_attention(device):
-    other = "CUDNN_ATTENTION" if device == "cuda" else "MATH"
     for name in CASES:
         model, images, ranks, trim, wanted = on(device, name)
-        print(f"{other}, {name}", end=" ")
+        print(name, end=" ")
         try:
-            found = outcome(model, images, ranks, trim, other, "bfloat16")
+            found = outcome(model, images, ranks, trim, left_out(device), "bfloat16")
             within(error_of(found, wanted), 1)
         except RuntimeError as error:
             print(describe(error))
