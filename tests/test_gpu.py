@@ -322,9 +322,10 @@ def test_held_out_loss_takes_no_more_memory_than_a_step(device):
     assert held_out <= step
 
 
-# --- Last, as it may leave a card in disorder: the kernel that the program leaves out, as gradients
-# of queries were NaN for 64, 192, ... tokens where all scores of a row lie below -88 (PyTorch's issue
-# 196678). These tests print what it does. They ask only that the program's own choice is finite.
+# --- Last, as it may leave a card in disorder: cuDNN's attention, which the program leaves out.
+# Its gradients of queries were NaN for 64, 192, ... tokens where all scores of a row lie below -88
+# (PyTorch's issue 196678). These tests print what it does, and ask only that the program's own
+# choice is finite.
 
 
 def left_out(device):
