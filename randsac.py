@@ -521,6 +521,7 @@ DATASETS = {
 }
 # What --segments fills in: the hierarchies of Tables 5 and 7.
 HIERARCHIES = {"patch": (), "square": (16, 4), "blob": (11, 5), "scatter": (9,), "mae": ()}
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 def flag(default, help, choices=()):
@@ -560,12 +561,7 @@ class Config:
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    precision: str = flag(
-        "auto",
-        "of products; bfloat16 pays on a CPU where lscpu shows avx512_bf16 or amx_bf16, though "
-        "auto is float32 on every CPU, for the same numbers everywhere",
-        ("auto", "float32", "bfloat16", "float16"),
-    )
+    precision: str = flag("auto", "bfloat16 pays on CPUs with avx512_bf16 or amx_bf16", PRECISIONS)
     compile: bool = flag(False, "compile the model: a slow start, then faster steps")
     out: str = flag("", "directory of the run (default: a fresh one in runs/)")
     init: str = flag("", "checkpoint whose weights and settings to start from, but those given")
@@ -727,7 +723,7 @@ def load_images(config, train):
         count = 20_000 if train else 4_000
         return draw_shapes(count, config.image_size, seed=int(train))
     if config.dataset == "folder":
-        return load_folder(Path(config.data_dir), config.image_size, train)
+        return load_folder(config, train)
 
     cifar = getattr(torchvision.datasets, config.dataset.upper())
     try:
@@ -805,159 +801,118 @@ def draw_part(labels, size, generator):
 
 
 def is_hidden(name):
-    """Whether a name is a system's and not the user's."""
+    """Whether a file or folder is a system's and not the user's."""
     made = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
     return name.startswith(".") or name in made
 
 
-def shown_name(entry):
-    return f"{entry.name}/" if entry.is_dir() else entry.name
-
-
-def find_images(folder):
-    """-> the images in a folder and below it, and the names of what else is there, a folder's with
-    a / at its end. Links to folders are not followed: they may lead in circles."""
-    images = []
-    left_out = []
-    for entry in os.scandir(folder):
-        kind = entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
-        if is_hidden(entry.name):
-            left_out.append(shown_name(entry))
-        elif entry.is_dir(follow_symlinks=False):
-            deeper_images, deeper_left_out = find_images(entry)
-            images += deeper_images
-            left_out += deeper_left_out
-        elif kind and not entry.is_dir():
-            images.append(Path(entry))
-        else:
-            left_out.append(shown_name(entry))
-    return images, left_out
-
-
-def list_split(split):
-    """-> (path, class) of the images in split/CLASS/ and below, sorted, and the names of what else
-    is there."""
+def find_images(folder, left_out):
+    """-> paths of the images in a folder and in folders below it. What else is there is added to
+    left_out. Links to folders are not followed: they may lead in circles."""
     found = []
-    left_out = []
-    places = split.iterdir() if split.is_dir() else []
-    for place in places:
-        images = []
+    for entry in os.scandir(folder):
+        named = entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+        if is_hidden(entry.name):
+            left_out.append(entry)
+        elif entry.is_dir(follow_symlinks=False):
+            found += find_images(entry, left_out)
+        elif named and not entry.is_dir():
+            found.append(Path(entry))
+        else:
+            left_out.append(entry)
+    return found
+
+
+def list_split(split, left_out):
+    """-> (path, class) of the images in split/CLASS/ and below, sorted. What else is there is added
+    to left_out."""
+    found = []
+    for place in split.glob("*"):
         if place.is_dir() and not is_hidden(place.name):
-            images, others = find_images(place)
-            found += [(path, place.name) for path in images]
-            left_out += others
-        if not images:
-            left_out.append(shown_name(place))
-    return sorted(found), left_out
+            found += [(path, place.name) for path in find_images(place, left_out)]
+        else:
+            left_out.append(place)
+    return sorted(found)
 
 
 def list_folder(root):
     """-> names of the classes, (path, label) of the training images, of the held-out ones, and the
-    names of files and folders left out, a folder's with a / at its end. A class is a folder in
-    train/ that holds an image. UserError where root is not as wanted."""
-    wanted = "wanted are images in train/CLASS/, and in test/CLASS/ or val/CLASS/"
-    check(root.is_dir(), f"{root} is not a folder: name one by --data-dir; {wanted}")
+    names of files and folders left out, a folder's with a / at its end. UserError where there is
+    nothing to train on, or where a held-out class is none of those trained on."""
     test = "test" if (root / "test").is_dir() else "val"
-    left_out = [shown_name(path) for path in root.iterdir() if path.name not in ("train", test)]
-    training, others = list_split(root / "train")
-    held_out, more_others = list_split(root / test)
-    left_out += others + more_others
-    check(training, f"{root} has no images in train/CLASS/ but {sorted(left_out)[:9]}; {wanted}")
+    left_out = [path for path in root.glob("*") if path.name not in ("train", test)]
+    training = list_split(root / "train", left_out)
+    held_out = list_split(root / test, left_out)
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in left_out)
+    wanted = "wanted are train/CLASS/ and test/CLASS/ or val/CLASS/: check --data-dir"
+    check(training, f"{root} has no image in train/CLASS/, but {names[:9]}; {wanted}")
 
     classes = sorted({name for _, name in training})
     unknown = sorted({name for _, name in held_out}.difference(classes))
-    check(not unknown, f"{root / test} has classes that train/ has no images of: {unknown[:9]}")
+    check(not unknown, f"{root / test} has classes that train/ has no image of: {unknown[:9]}")
     label = {name: i for i, name in enumerate(classes)}
     training = [(path, label[name]) for path, name in training]
     held_out = [(path, label[name]) for path, name in held_out]
-    return classes, training, held_out, sorted(left_out)
+    return classes, training, held_out, names
 
 
-def counted(count, word, ending="s"):
-    return f"{count} {word}" if count == 1 else f"{count} {word}{ending}"
-
-
-def announce(config, found):
-    S = config.image_size
-    print(f"{found}; each becomes {S} x {S} pixels, which are {config.tokens} tokens")
-
-
-def files_key(root, files, classes, size):
-    """Tells whether decoded images are the same: by names and sizes, never by times, or by bytes,
-    which differ between releases of Pillow."""
-    known = [(file.relative_to(root).as_posix(), file.stat().st_size) for file in files]
-    return hashlib.sha256(repr((size, classes, known)).encode()).hexdigest()[:16]
-
-
-def images_key(config, count):
-    """The same for the `count` training images of any data set."""
-    if config.dataset != "folder":
-        return f"{config.dataset} {count}"
-    root = Path(config.data_dir)
-    classes, training, _, _ = list_folder(root)
-    return files_key(root, [path for path, _ in training], classes, config.image_size)
+def images_key(config, files):
+    """Tells whether images are the same, by the names and sizes of their files: never by times, nor
+    by decoded bytes, which differ between releases of Pillow."""
+    known = [config.dataset, config.image_size]
+    for file in files:
+        known.append((file.relative_to(config.data_dir).as_posix(), file.stat().st_size))
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def load_folder(config, train):
     """-> as load_images. Decodes all images once; later runs map them from disk."""
-    root = Path(config.data_dir)
     size = config.image_size
-    classes, training, held_out, left_out = list_folder(root)
-    if train:
-        folders = sum(name.endswith("/") for name in left_out)
-        found = f"{counted(len(training), 'image')} of {counted(len(classes), 'class', 'es')}"
-        rest = f"{counted(len(left_out) - folders, 'file')} and {counted(folders, 'folder')}"
-        kinds = sorted({Path(name).suffix or name for name in left_out})
-        named = f" ({', '.join(kinds[:9])})" if left_out else ""
-        announce(config, f"{root}: {found}, {len(held_out)} held out, {rest} left out{named}")
-
+    classes, training, held_out, _ = list_folder(Path(config.data_dir))
     chosen = training if train else held_out
-    files = [path for path, _ in chosen]
     labels = torch.tensor([label for _, label in chosen], dtype=torch.int64)
-    if not files:
+    if not chosen:
         return torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes
-    cache = Path("runs/cache", f"{files_key(root, files, classes, size)}.npy")
+    files = [path for path, _ in chosen]
+    cache = Path("runs/cache", f"{images_key(config, files)}.npy")
     if not cache.exists():
         decode_all(files, size, cache)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it cannot be written to, and nobody does
+        warnings.simplefilter("ignore")  # that nobody may write to it: nobody does
         images = torch.from_numpy(np.load(cache, mmap_mode="r"))
     return images, labels, classes
 
 
 def decode_all(paths, size, cache):
     """Decodes the images into a .npy file. UserError names all that cannot be used."""
-    shape = (len(paths), 3, size, size)
-    room = math.prod(shape)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache.parent).free
-    print(f"decoding them once into {cache}, {room / 1e9:.3f} GB")
-    mend = "make room, or let runs/cache be a link to where there is some"
-    check(room < free, f"{cache.parent} has {free / 1e9:.3f} GB left, too little: {mend}")
+    free = shutil.disk_usage(cache.parent).free / 1e9
+    need = len(paths) * 3 * size**2 / 1e9
+    print(f"decoding {len(paths)} images, once, into {cache}: {need:.3f} GB")
+    mend = "make room, or let it be a link to a larger disk"
+    check(need < free, f"{cache.parent} has {free:.3f} GB left, too few: {mend}")
+    threads = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # on Linux: what a job may use of a large machine
+        threads = len(os.sched_getaffinity(0))
+    broken = []
 
     def decode(path):
         try:
-            return decode_image(path, size)
+            return decode_image(path, size).tobytes()
         except UserError as error:
-            return error
+            broken.append(str(error))
+            return b""
 
-    threads = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # what a job may use of a large machine, on Linux
-        threads = len(os.sched_getaffinity(0))
-    broken = []
     with ThreadPool(threads) as pool, write_whole(cache) as file, progress(len(paths)) as bar:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, size, size)}
         np.lib.format.write_array_header_1_0(file, header)
         # In parts of some 30 MB, so that images do not pile up where the disk is slow.
-        step = 1 + 30_000_000 // (3 * size**2)
-        for start in range(0, len(paths), step):
-            for image in pool.imap(decode, paths[start : start + step], chunksize=16):
+        part = 1 + 30_000_000 // (3 * size**2)
+        for start in range(0, len(paths), part):
+            for image in pool.imap(decode, paths[start : start + part]):
+                file.write(image)
                 bar.update()
-                if isinstance(image, UserError):
-                    broken.append(str(image))
-                else:
-                    file.write(image.tobytes())
-        names = "; ".join(broken[:20])
+        names = "; ".join(sorted(broken)[:20])
         check(not broken, f"{len(broken)} images cannot be used, mend or remove them: {names}")
 
 
@@ -1024,7 +979,6 @@ def crop(images, crops, size):
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 HELD_OUT = 2000  # images that held_out_loss looks at, about
-HOUR = 20_000_000  # tokens that nano trains on in an hour of a slow core, about
 
 
 def seeded(device, *numbers):
@@ -1158,6 +1112,27 @@ def load_model(path):
     return model, config
 
 
+def counted(count, word):
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def describe_images(config):
+    """Prints what was found and what becomes of it -> who the training images are."""
+    found = config.dataset
+    files = []
+    if config.dataset == "folder":
+        classes, training, held_out, left_out = list_folder(Path(config.data_dir))
+        files = [path for path, _ in training]
+        folders = sum(name.endswith("/") for name in left_out)
+        rest = f"{counted(len(left_out) - folders, 'file')} and {counted(folders, 'folder')}"
+        kinds = sorted({Path(name).suffix or name for name in left_out})
+        found = f"{config.data_dir}: {counted(len(files), 'image')}, {len(held_out)} held out"
+        found += f" (classes: {len(classes)}), {rest} left out {' '.join(kinds[:9])}"
+    side = f"{config.image_size} x {config.image_size} pixels (--image-size)"
+    print(f"{found}; each image becomes {side}, which are {config.tokens} tokens")
+    return images_key(config, files)
+
+
 def load_training_images(config, process, world):
     """-> training images, held-out images of every class, whether probe.py can use the labels."""
     if process > 0:
@@ -1166,9 +1141,6 @@ def load_training_images(config, process, world):
     held_out, _, _ = load_images(config, train=False)
     if world > 1 and process == 0:
         dist.barrier()
-    if config.dataset != "folder":
-        found = f"{len(images)} images of {len(classes)} classes, {len(held_out)} held out"
-        announce(config, f"{config.dataset}: {found}")
     most = len(images) // world * world
     message = f"{len(images)} images do not fill a --batch-size of {config.batch_size}"
     check(config.batch_size <= most, f"{message}: the largest that they fill is {most}")
@@ -1184,12 +1156,9 @@ def build(config, saved, device):
     optimizer = make_optimizer(model, config)
     small = pick_precision(config.precision, device) == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=small)
-    if "model" in saved:
-        model.load_state_dict(saved["model"])
-    if "optimizer" in saved:
-        optimizer.load_state_dict(saved["optimizer"])
-    if saved.get("scaler"):  # empty where precision "auto" was another, on another device
-        scaler.load_state_dict(saved["scaler"])
+    for name, part in {"model": model, "optimizer": optimizer, "scaler": scaler}.items():
+        if saved.get(name):  # a scaler's is empty where "auto" was another precision
+            part.load_state_dict(saved[name])
     return model, optimizer, scaler
 
 
@@ -1208,54 +1177,40 @@ def begin_run(config, saved, device):
     (run / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def command_line(script, *arguments):
-    """-> a command to be pasted, whatever its paths are called."""
-    program = os.path.relpath(Path(__file__).with_name(script))
-    return shlex.join([Path(sys.executable).name, program, *map(str, arguments)])
-
-
-def hour_command(config):
-    """-> a command that trains on the same images without a GPU, within the hour."""
-    words = []
-    for name in ("dataset", "data_dir", "image_size", "patch_size", "segments"):
-        if getattr(config, name):
-            words += [flag_name(name), getattr(config, name)]
-    if config.hierarchy:
-        words += ["--hierarchy", *config.hierarchy]
-    batch = min(32, config.batch_size)
-    steps = HOUR // (config.tokens * batch)
-    words += ["--model", "nano", "--batch-size", batch, "--max-steps", steps]
-    return command_line("randsac.py", *words)
-
-
-def describe_run(config, model, first, steps, per_epoch, where):
-    """Prints what is about to happen and, where that may take days, what would not."""
-    passes = f"{steps / per_epoch:.3g} passes"
-    size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million parameters"
-    print(f"{config.out}: {steps} steps of {config.batch_size} images, {passes}, {size}, {where}")
-    if first > 0:
-        print(f"it goes on after step {first}")
+def describe_run(config, model, first, steps, per_epoch, device, world):
+    """Prints what is about to happen and, where that may take days, what ends within the hour."""
+    B = config.batch_size
+    passes = f"{counted(steps, 'step')} of {B} images ({steps / per_epoch:.3g} passes)"
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    size = f"{config.model}, {millions:.2f} million parameters"
+    where = f"{world} x {device.type} in {pick_precision(config.precision, device)}"
+    print(f"{config.out}: {passes}, {first} done; {size}; {where}")
+    if device.type == "cpu" and config.model != "nano":
+        words = ["--dataset", config.dataset, "--model", "nano", "--max-steps", 5000]
+        words += ["--batch-size", min(32, B)]
+        if config.data_dir:
+            words += ["--data-dir", config.data_dir]
+        command = command_line("randsac.py", *words)
+        print(f"without a GPU this may take days; this ends within the hour: {command}")
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """-> a list of the signals received (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1): training stops after
-    its step. A second Ctrl-C ends the program at once. Outside the main thread, where Python takes
-    no handlers, it stays empty."""
+    """-> a list of the signals received, each to stop after the step. A second Ctrl-C ends the
+    program at once. Outside the main thread Python takes no handlers, and the list stays empty."""
     received = []
     before = {}  # the handlers that were there
 
     def note(number, frame):
         received.append(number)
-        if number == signal.SIGINT:  # a person's, who is impatient; Slurm sends SIGTERM twice
+        if number == signal.SIGINT:  # a person is impatient; Slurm sends SIGTERM twice
             signal.signal(number, signal.SIG_DFL)
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]  # not all on Windows
-    if threading.current_thread() is threading.main_thread():
-        for kind in kinds:
-            if signal.getsignal(kind) != signal.SIG_IGN:  # by nohup
-                before[kind] = signal.signal(kind, note)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        kind = getattr(signal, name, signal.SIGINT)  # Windows has not all of them
+        ignored = signal.getsignal(kind) == signal.SIG_IGN  # by nohup
+        if threading.current_thread() is threading.main_thread() and not ignored:
+            before.setdefault(kind, signal.signal(kind, note))
     try:
         yield received
     finally:
@@ -1263,20 +1218,11 @@ def stop_signals():
             signal.signal(kind, handler)
 
 
-def first_signal(signals, world):
-    """-> the signal at which to stop, or 0: the same in all processes, which stop after one step."""
-    number = torch.tensor(max(signals, default=0))
+def over_processes(number, world, how):
+    """A number, a tensor, -> its sum or maximum over all processes."""
     if world > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        dist.all_reduce(number, how)
     return number.item()
-
-
-def mean_of(losses, world):
-    """Mean of the losses, a list of tensors, over all processes -> float."""
-    mean = torch.stack(losses).mean()
-    if world > 1:
-        dist.all_reduce(mean)
-    return mean.item() / world
 
 
 def train(config, saved, device, process=0, world=1):
@@ -1286,9 +1232,9 @@ def train(config, saved, device, process=0, world=1):
         torch.set_float32_matmul_precision("high")
         # With a mask cuDNN's attention can give gradients that are NaN (PyTorch's issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    images, held_out, can_probe = load_training_images(config, process, world)
-    key = images_key(config, len(images))
+    key = describe_images(config)
     check(saved.get("images", key) == key, "these are not the images that the run began with")
+    images, held_out, can_probe = load_training_images(config, process, world)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
     model, optimizer, scaler = build(config, saved, device)
@@ -1313,7 +1259,7 @@ def train(config, saved, device, process=0, world=1):
     if process == 0:
         begin_run(config, saved, device)
         save(first)
-        describe_run(config, model, first, steps, per_epoch, f"{world} x {device.type}")
+        describe_run(config, model, first, steps, per_epoch, device, world)
 
     losses = []
     bar = progress(steps * B, initial=first * B, disable=process > 0)
@@ -1330,18 +1276,21 @@ def train(config, saved, device, process=0, world=1):
             index = order[step_of_epoch * B : (step_of_epoch + 1) * B][process::world]
             batch = images[index].to(device)
             parts = (wrapped, optimizer, scaler, batch)
-            losses.append(training_step(*parts, config, step, steps, process, world))
+            loss = training_step(*parts, config, step, steps, process, world)
+            losses.append(loss)
             bar.update(B)
 
             # A row of the log now and then; a checkpoint too when an epoch ends or on demand.
             done = step + 1
-            stop = first_signal(signals, world)
+            signal_here = torch.tensor(max(signals, default=0))
+            stop = over_processes(signal_here, world, dist.ReduceOp.MAX)
             epoch_ends = step_of_epoch + 1 == per_epoch or done == steps
             asked = config.save_every > 0 and done % config.save_every == 0
             saves = epoch_ends or asked or stop
             if not saves and done % LOG_EVERY != 0:
                 continue
-            row = {"step": done, "epoch": epoch + 1, "loss": mean_of(losses, world)}
+            loss_sum = over_processes(torch.stack(losses).mean(), world, dist.ReduceOp.SUM)
+            row = {"step": done, "epoch": epoch + 1, "loss": loss_sum / world}
             mend = f"begin another run with a lower --lr; {config.out}/checkpoint.pt is from before"
             check(math.isfinite(row["loss"]), f"the loss is {row['loss']} at step {done}: {mend}")
             rate = len(losses) * B / (time.perf_counter() - start)
@@ -1352,8 +1301,7 @@ def train(config, saved, device, process=0, world=1):
                 rows.append(row)
                 with open(Path(config.out, "metrics.jsonl"), "a") as log:
                     log.write(json.dumps(row) + "\n")
-                shown = {"epoch": f"{epoch + 1}/{config.epochs}", "loss": f"{row['loss']:.4f}"}
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", refresh=False)
                 if saves:
                     save(done)
             if stop:
@@ -1379,6 +1327,12 @@ def user_path(text):
     return Path(os.path.expanduser(text))
 
 
+def command_line(script, *arguments):
+    """-> a command to be pasted, whatever its paths are called."""
+    program = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.join([Path(sys.executable).name, program, *map(str, arguments)])
+
+
 def run_command(main):
     """Runs a command's main(arguments). This is the one place where an error that the user or the
     machine can mend becomes a line, and exit code 2."""
@@ -1401,46 +1355,41 @@ def run_command(main):
     sys.exit(2)
 
 
-def resume(run, given):
-    """-> Config of a run that goes on, what its checkpoint holds. Flags given may repeat the run's;
-    where and how it computes may differ."""
-    path = Path(run, "checkpoint.pt")
-    saved, _, trained = load_checkpoint(path)
-    again = command_line("randsac.py", "--init", path)
-    check("optimizer" in saved, f"{run} holds only a model: begin a run from it by {again}")
-    config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
-    others = []
-    for name in given.keys() - {"out", "device", "data_dir", "compile"}:
-        if getattr(config, name) != getattr(trained, name):
-            others.append(f"{flag_name(name)} {getattr(trained, name)}")
-    message = f"{run} was begun with {', '.join(sorted(others))}: leave these flags out"
-    check(not others, f"{message}, or begin another run by {again}")
-    return config, saved
-
-
 def read_flags(given):
     """The flags given -> Config of the run; what the checkpoint holds that it goes on from, or the
-    model that --init names, or nothing."""
+    weights that --init names, or nothing."""
     for name, value in given.items():
         check(value != "", f"{flag_name(name)} is empty: give it a name, or leave it out")
     run = given.pop("resume", None)
-    saved = {}
     if run:
-        check("out" not in given, "--resume names the run's directory: leave --out out")
+        check("out" not in given, "--resume names the run's directory: leave out --out")
         given["out"] = os.path.expanduser(run)
-        if Path(given["out"], "checkpoint.pt").exists():
-            return resume(given["out"], given)
-        saved = {"rows": []}
+        path = Path(given["out"], "checkpoint.pt")
+        if path.exists():
+            saved, _, trained = load_checkpoint(path)
+            again = command_line("randsac.py", "--init", path)
+            check("optimizer" in saved, f"{run} holds only a model: begin a run from it by {again}")
+            config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
+            for name in given.keys() - {"out", "device", "data_dir", "compile"}:
+                value = getattr(trained, name)
+                message = f"{run} was begun with {flag_name(name)} {value}: leave this flag out"
+                same = getattr(config, name) == value
+                check(same, f"{message}, or begin another run by {again}")
+            return config, saved
+
+    saved = {}
     if "init" in given:
         start, _, trained = load_checkpoint(user_path(given["init"]))
         saved["model"] = start["model"]
         config = with_flags(trained, given)
     else:
         config = Config(**given)
-    for name in ("checkpoint.pt", "metrics.jsonl"):
-        free = run or not config.out or not Path(config.out, name).exists()
+    if run:
+        saved["rows"] = []
+    else:
+        used = config.out and os.path.isdir(config.out) and os.listdir(config.out)
         again = command_line("randsac.py", "--resume", config.out)
-        check(free, f"{config.out} holds a run: go on with it by {again}, or choose another --out")
+        check(not used, f"{config.out} is in use: go on by {again}, or choose another --out")
     return config, saved
 
 
@@ -1449,9 +1398,9 @@ def join_processes(config, device):
     if not dist.is_torchelastic_launched():
         for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
             count = os.environ.get(name, "1")
-            mend = f"torchrun --nproc-per-node {count} randsac.py ... joins them in one"
+            mend = f"use torchrun --nproc-per-node {count}, started once a machine"
             check(
-                count in ("", "1"), f"{name} is {count}, for as many trainings of the same: {mend}"
+                count in ("", "1"), f"{name} is {count}: as many would train side by side; {mend}"
             )
         return 0, 1
     process = int(os.environ["RANK"])
@@ -1459,10 +1408,7 @@ def join_processes(config, device):
     shares = config.batch_size % world == 0
     check(shares, f"--batch-size {config.batch_size} does not divide over {world} processes")
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        count = torch.cuda.device_count()
-        check(local < count, f"there is no GPU {local}: use torchrun --nproc-per-node {count}")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if process > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
     # gloo and, for GPUs, nccl; with patience, while the first process decodes.
