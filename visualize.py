@@ -99,14 +99,15 @@ def enlarge(cells, width, height=None):
 def outline(image, ids, colour=WHITE, width=1):
     """Draws lines inside of cells [R,C], where those of another id begin. Id 0 has none."""
     W, H = image.size
-    large = F.interpolate(ids[None, None].float(), (H, W))  # [1,1,H,W]
+    large = F.interpolate(ids[None, None].float(), (H, W))[0, 0]  # [H,W]
 
-    # A pixel lies on a line where another one, at most `width` away, has another id.
+    # A pixel lies on a line where one of its eight neighbours, `width` away, has another id.
     around = F.pad(large, [width] * 4)
-    highest = F.max_pool2d(around, 2 * width + 1, 1)
-    lowest = -F.max_pool2d(-around, 2 * width + 1, 1)
-    edge = (highest != lowest) & (large > 0)
-    image.paste(colour, mask=to_pil_image(edge[0].byte() * 255))
+    edge = torch.zeros(H, W, dtype=torch.bool)
+    for y, x in itertools.product((0, width, 2 * width), repeat=2):
+        edge = edge | (around[y : y + H, x : x + W] != large)
+    edge = edge & (large > 0)
+    image.paste(colour, mask=to_pil_image(edge.byte() * 255))
     return image
 
 
@@ -394,7 +395,9 @@ def draw_order(photo, ranks, predicted=None, most=64):
     colours += blend([0, 1], (RED, GREY))
     fixed = torch.stack(colours).flatten().tolist()
     palette = Image.new("P", (1, 1))
-    palette.putpalette(fixed + frames[-1].quantize(256 - len(colours)).getpalette())
+    # Pillow compares in steps of 4: below 249, no other colour is nearer to white than white.
+    seen = [min(248, value) for value in frames[-1].quantize(256 - len(colours)).getpalette()]
+    palette.putpalette(fixed + seen)
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -579,7 +582,8 @@ def draw_attention(model, image, ranks, token=None):
         other: a row of maps for each layer, the first on top, a column for each head. Grey: the
         mask hides it. Each map has a scale of its own."""
     legend = [swatch("weight: 0 ... largest of the map", 400)]
-    return sheet("Where a token looks (Section 4.1)", note, [top, panels[:2], panels[2:], legend])
+    rows = [row for row in (top, panels[:2], panels[2:], legend) if row]
+    return sheet("Where a token looks (Section 4.1)", note, rows)
 
 
 def draw_loss_by_rank(model, config, images, ranks):
