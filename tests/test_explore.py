@@ -41,17 +41,12 @@ def run_node(expression, inputs):
     read = 'const inputs = JSON.parse(require("fs").readFileSync(0, "utf8"));'
     write = f"console.log(JSON.stringify(inputs.map((input) => ({expression}))));"
     words = [node, "-e", method + read + write]
-    result = subprocess.run(
-        words, check=False, input=json.dumps(inputs), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(subprocess.check_output(words, input=json.dumps(inputs), text=True))
 
 
 def test_masks_and_counts_are_those_of_randsac():
-    answers = run_node(
-        "[attentionMasks(input), countPass(input)]", [ranks.tolist() for ranks in RANKS]
-    )
+    method = "[attentionMasks(input), countPass(input)]"
+    answers = run_node(method, [ranks.tolist() for ranks in RANKS])
     for ranks, (masks, counts) in zip(RANKS, answers, strict=True):
         expected = dict(zip(MASKS, randsac.attention_masks(ranks)))
         assert masks == {name: mask.tolist() for name, mask in expected.items()}
@@ -149,16 +144,14 @@ def test_the_shipped_page_is_what_the_command_writes(folder):
     assert written == shipped
 
 
-def test_images_beside_a_checkpoint_are_for_where_its_data_set_is_not(
-    tmp_path, monkeypatch, capsys
-):
+def test_images_beside_a_checkpoint_stand_in_for_its_data_set(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, config = randsac.load_model(CHECKPOINT)
     flags = {"checkpoint": CHECKPOINT}
     images, labels = visualize.choose_images(flags, config, True)
     for image, label in zip(images, labels, strict=True):
-        photo = Image.open(CHECKPOINT.parent / "images" / f"{label}.png")
-        assert (visualize.photos(image[None])[0].numpy() == np.asarray(photo)).all()
+        photo = np.asarray(Image.open(CHECKPOINT.parent / "images" / f"{label}.png"))
+        assert (visualize.photos(image[None]).numpy() == photo).all()
     assert "CIFAR-10 is not in data" in capsys.readouterr().out
 
     # A data set that is asked for, or that is there, comes first. (This one is not whole.)
@@ -183,7 +176,9 @@ SHOWN = """
       [...document.querySelectorAll("[id]")].map((e) => [e.id, e.textContent])),
     hidden: [...document.querySelectorAll("[id]")].filter((e) => e.hidden).map((e) => e.id),
     sentences: [...document.querySelectorAll("figure p")].map((p) => p.textContent),
-    canvases: [...document.querySelectorAll("canvas")].map((canvas) => canvas.toDataURL()),
+    small: document.querySelector("#prediction canvas").toDataURL(),
+    maps: [...document.querySelectorAll(".map")].map((canvas) => canvas.toDataURL()),
+    masks: [...document.querySelectorAll(".mask")].map((canvas) => canvas.toDataURL()),
     behind: getComputedStyle(document.querySelector(".mask")).backgroundImage,
     colours: { look: styleColour("look"), out: styleColour("out") },
     segments: element("timeline").children.length,
@@ -268,22 +263,22 @@ def seen(request, visits):
 
 def test_a_hover_and_the_keys_change_what_is_marked(seen):
     before, hovered, down, stepped, played = list(seen.values())[:5]
-    changed = [one != other for one, other in zip(before["canvases"], hovered["canvases"])]
-    assert changed == [False] + [True] * 6  # maps and masks
-    assert all(one != other for one, other in zip(before["sentences"], hovered["sentences"]))
+    for marks in ("maps", "masks", "sentences"):
+        assert len({*before[marks], *hovered[marks]}) == 6, marks  # each of three has changed
     assert hovered["ranks"][hovered["token"]] == 9
     assert hovered["text"]["token-text"].startswith(f"Token {hovered['token']} has rank 9:")
     assert (down["token"], down["inTabOrder"]) == (28, 1)
     assert (before["step"], down["step"], stepped["step"]) == (2, 2, 3)
-    assert (before["cells"].count("given"), stepped["cells"].count("given")) == (8, 12)
+    assert (before["cells"].count("known"), stepped["cells"].count("known")) == (8, 12)
     assert played["step"] > 3
 
 
 def marks_of(address, n, edge, colours):
     """A picture of n x n cells, right of and below an edge -> what each is marked as, [n,n]."""
     picture = picture_of(address)
-    middles = (edge + (np.arange(n) + 0.5) * (len(picture) - edge) / n).astype(int)
-    cells = picture[np.ix_(middles, middles)]
+    unit = (len(picture) - edge) / n
+    middles = (edge + unit * (np.arange(n) + 0.5)).astype(int)
+    cells = picture[middles][:, middles]
     marks = np.full((n, n), "pixels")
     for name, colour in colours.items():
         marks[(cells[..., :3] == colour).all(-1)] = name
@@ -298,33 +293,39 @@ def test_marks_are_the_rows_of_the_masks(seen, move):
     ranks = torch.tensor(shown["ranks"])
     order = shown["tokens"]
     assert ranks.max() == 5
-    assert order == (ranks.argsort(stable=True).tolist() if move == "sorted" else [*range(64)])
+    orders = {"sorted": ranks.argsort(stable=True).tolist(), "in place": list(range(64))}
+    assert order == orders[move]
     first = ranks == 0
     last = ranks == 5
     ends = [(last, last), (first, first), (first, last)]  # of rows, of columns
     for k, mask in enumerate(randsac.attention_masks(ranks)):
-        on_image, on_mask = shown["canvases"][1 + 2 * k : 3 + 2 * k]
+        rows, columns = ends[k]
         cells = np.where(mask, "look", "hatch")
-        cells = np.where(ends[k][0][:, None] | ends[k][1], "out", cells)
+        cells = np.where(rows[:, None] | columns, "out", cells)
 
         # On the image, the pixels of what is looked at. The decoder knows none.
         row = cells[shown["token"]]
         if k != 1:
             row = np.where(row == "look", "pixels", row)
-        assert (marks_of(on_image, 8, 0, shown["colours"]).flatten() == row).all()
+        on_image = marks_of(shown["maps"][k], 8, 0, shown["colours"])
+        assert (on_image.flatten() == row).all()
 
         # The frame of the token's row hides its neighbours and the ends of the row.
-        same = marks_of(on_mask, 64, 8, shown["colours"]) == cells[order][:, order]
+        on_mask = marks_of(shown["masks"][k], 64, 8, shown["colours"])
+        same = on_mask == cells[order][:, order]
         far = np.abs(np.arange(64) - order.index(shown["token"]))
-        assert same[:, 5:-5][(far == 0) | (far > 7)].all()
+        assert same[(far == 0) | (far > 7), 5:-5].all()
 
 
 def test_every_strategy_is_shown(seen):
     for strategy in data_of(SHIPPED)["strategies"]:
         name = strategy["name"]
-        shown, following, merged = (seen[name + end] for end in ("", ", next", ", merged"))
-        assert shown["name"] == name and shown["ranks"] == strategy["ranks"][0]
-        assert following["ranks"] == strategy["ranks"][min(1, len(strategy["ranks"]) - 1)]
+        orders = strategy["ranks"]
+        shown = seen[name]
+        following = seen[f"{name}, next"]
+        merged = seen[f"{name}, merged"]
+        assert shown["name"] == name and shown["ranks"] == orders[0]
+        assert following["ranks"] == orders[1 % len(orders)]
         assert ("next-order" in shown["hidden"]) == name.endswith("raster")
         last = max(following["ranks"])
         assert merged["segments"] == max(last, 2)  # as far as it goes
@@ -342,17 +343,17 @@ def test_a_page_is_not_wider_than_a_phone_and_names_the_token_below_the_image(vi
         assert 0 <= shown["gap"] < 30
 
 
-FILLINGS = {"given": "image", "next": "predicted", "later": None}
+FILLINGS = {"known": "image", "next": "predicted", "later": None}
 
 
-def test_predictions_are_shown_and_the_end_shows_them_large(seen, folder):
-    page = (folder / "explore.html").read_text(encoding="utf-8")
-    for number, image in enumerate(data_of(page)["model"]["images"]):
-        step, end = (seen[f"image {number}, {when}"] for when in ("step", "end"))
+def test_predictions_are_shown_and_the_end_shows_them_large(seen):
+    for number, image in enumerate(data_of(SHIPPED)["model"]["images"]):
+        step = seen[f"image {number}, step"]
+        end = seen[f"image {number}, end"]
         ranks = torch.tensor(image["ranks"])
         assert step["ranks"] == image["ranks"]
         assert {"next-order", "merging"} <= {*step["hidden"]}
-        cells = np.select([ranks < 3, ranks == 3], ["given", "next"], "later").tolist()
+        cells = np.select([ranks < 3, ranks == 3], ["known", "next"], "later").tolist()
         assert step["cells"] == cells
         assert step["filled"] == [FILLINGS[cell] for cell in cells]
         assert end["filled"] == ["predicted"] * 64
@@ -363,8 +364,9 @@ def test_predictions_are_shown_and_the_end_shows_them_large(seen, folder):
             assert float(step["text"][place]) == pytest.approx(error.item(), abs=0.006)
 
         # At the end the small image is the true one.
-        small = Image.fromarray(picture_of(end["canvases"][0]).astype(np.uint8))
-        assert (np.asarray(small.resize((32, 32), 0)) == picture_of(image["image"])).all()
+        small = picture_of(end["small"])
+        middles = (len(small) / 32 * (np.arange(32) + 0.5)).astype(int)
+        assert (small[middles][:, middles] == picture_of(image["image"])).all()
 
 
 def test_the_bare_template_says_how_to_make_the_page(visits):
