@@ -68,7 +68,7 @@ fi
 for step in $steps; do
   case $step in
   test) limited 90 test "$python" -m pytest -rA --durations=10 tests/test_gpu.py ;;
-  speed) limited 100 speed "$python" results/speed.py --out "$out/speed.jsonl" ;;
+  speed) limited 120 speed "$python" results/speed.py --out "$out/speed.jsonl" ;;
   evidence)
     # A run that is cut off in the end goes on when the same command is given again.
     limited 3600 evidence "$python" results/evidence.py run --data-dir "$folder" \
@@ -105,7 +105,7 @@ for step in $steps; do
     done
     ;;
   small)
-    limited 3600 small "$python" randsac.py --dataset folder --data-dir "$folder" \
+    limited $(($(left 3600) - 60)) small "$python" randsac.py --dataset folder --data-dir "$folder" \
       --batch-size 512 --epochs "${SMALL:-60}" --out "$logs/small"
     limited 60 small "$python" probe.py "$logs/small/checkpoint.pt"
     ;;

@@ -88,7 +88,7 @@ def time_step(config, device, seconds):
 def main(arguments):
     parser = randsac.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="file of rows to write (default: none)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each setting (default: 2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each setting (default: 1)")
     args = parser.parse_args(arguments)
     device = randsac.pick_device("auto")
     precision = randsac.pick_precision("auto", device)
@@ -102,11 +102,11 @@ def main(arguments):
     if device.type == "cuda":
         settings.append((*COMPILED, True))
     for name, size, patch, batches, compiled in settings:
+        cost = flops(randsac.Config(model=name, image_size=size, patch_size=patch))
         for batch in batches:
             config = randsac.Config(
                 model=name, image_size=size, patch_size=patch, batch_size=batch, compile=compiled
             )
-            cost = flops(config)
             row = {"model": name, "image_size": size, "patch_size": patch, "batch_size": batch}
             row |= {"compile": compiled, "gflop_an_image": round(cost / 1e9, 2)}
             try:
