@@ -624,10 +624,9 @@ class Config:
         if self.segments == "square":
             squares = [root**2 for root in range(2, self.grid + 1) if self.grid % root == 0]
             nested = all(a % b == 0 for a, b in itertools.pairwise(counts))
+            fits = nested and set(counts) <= set(squares)
             message = f"--hierarchy {counts} cuts no squares within squares: choose of {squares}"
-            check(
-                nested and set(counts) <= set(squares), f"{message}, each dividing the one before"
-            )
+            check(fits, f"{message}, each dividing the one before")
         acts = self.last_rank < max(segments - 1, 1)
         check(acts, f"--last-rank {self.last_rank} changes nothing in {segments} segments")
 
@@ -698,7 +697,7 @@ def make_parser(description, leave_out=()):
 def progress(total, **about):
     """A bar that counts images: in a log file a line every half minute, no flood of them."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, unit="img", mininterval=interval, **about)
+    return tqdm(total=total, unit="img", mininterval=interval, maxinterval=30, **about)
 
 
 @contextlib.contextmanager
@@ -1076,7 +1075,10 @@ def training_step(model, optimizer, scaler, batch, config, step, steps, process=
 def held_out_loss(model, images, config, device, world=1):
     """Mean loss of whole uint8 images never trained on, in the same orders at each call. It takes
     no more of them at once than a process has of a batch, and so no more memory than training."""
-    ranks = sample_ranks(config, len(images), generator=seeded("cpu", config.seed, 2))
+    generator = seeded("cpu", config.seed, 2)
+    counts = [len(part) for part in images.split(250)]  # drawing takes memory too
+    ranks = torch.cat([sample_ranks(config, count, generator=generator) for count in counts])
+
     share = config.batch_size // world
     total = 0.0
     for part, part_ranks in zip(images.split(share), ranks.split(share)):
@@ -1112,8 +1114,8 @@ def load_model(path):
     return model, config
 
 
-def counted(count, word):
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+def counted(count, word, ending="s"):
+    return f"{count} {word}" if count == 1 else f"{count} {word}{ending}"
 
 
 def describe_images(config):
@@ -1123,13 +1125,16 @@ def describe_images(config):
     if config.dataset == "folder":
         classes, training, held_out, left_out = list_folder(Path(config.data_dir))
         files = [path for path, _ in training]
+        images = f"{counted(len(files), 'image')} of {counted(len(classes), 'class', 'es')}"
         folders = sum(name.endswith("/") for name in left_out)
         rest = f"{counted(len(left_out) - folders, 'file')} and {counted(folders, 'folder')}"
         kinds = sorted({Path(name).suffix or name for name in left_out})
-        found = f"{config.data_dir}: {counted(len(files), 'image')}, {len(held_out)} held out"
-        found += f" (classes: {len(classes)}), {rest} left out {' '.join(kinds[:9])}"
-    side = f"{config.image_size} x {config.image_size} pixels (--image-size)"
-    print(f"{found}; each image becomes {side}, which are {config.tokens} tokens")
+        found = f"{config.data_dir}: {images}, {len(held_out)} held out, {rest} left out"
+        if kinds:
+            found += f" ({', '.join(kinds[:9])})"
+    side = f"{config.image_size} x {config.image_size} pixels"
+    more = "--image-size sets how much detail is kept"
+    print(f"{found}; each image is {side} here, which are {config.tokens} tokens: {more}")
     return images_key(config, files)
 
 
@@ -1355,42 +1360,45 @@ def run_command(main):
     sys.exit(2)
 
 
+def resume(run, given):
+    """-> Config of the run to go on with, and what its checkpoint holds. The flags given may repeat
+    the run's; where and how it computes may differ."""
+    path = Path(run, "checkpoint.pt")
+    saved, _, trained = load_checkpoint(path)
+    again = f"begin another run by {command_line('randsac.py', '--init', path)}"
+    check("optimizer" in saved, f"{run} holds only a model: {again}")
+    config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
+    others = []
+    for name in sorted(given.keys() - {"out", "device", "data_dir", "compile"}):
+        value = getattr(trained, name)
+        if getattr(config, name) != value:
+            others.append(f"{flag_name(name)} {value}")
+    check(not others, f"{run} was begun with {', '.join(others)}: leave that as it is, or {again}")
+    return config, saved
+
+
 def read_flags(given):
-    """The flags given -> Config of the run; what the checkpoint holds that it goes on from, or the
-    weights that --init names, or nothing."""
+    """The flags given -> Config of the run, and what it begins with: all that the checkpoint of a
+    run to go on with holds, or the weights that --init names, or nothing."""
     for name, value in given.items():
         check(value != "", f"{flag_name(name)} is empty: give it a name, or leave it out")
-    run = given.pop("resume", None)
-    if run:
-        check("out" not in given, "--resume names the run's directory: leave out --out")
-        given["out"] = os.path.expanduser(run)
-        path = Path(given["out"], "checkpoint.pt")
-        if path.exists():
-            saved, _, trained = load_checkpoint(path)
-            again = command_line("randsac.py", "--init", path)
-            check("optimizer" in saved, f"{run} holds only a model: begin a run from it by {again}")
-            config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
-            for name in given.keys() - {"out", "device", "data_dir", "compile"}:
-                value = getattr(trained, name)
-                message = f"{run} was begun with {flag_name(name)} {value}: leave this flag out"
-                same = getattr(config, name) == value
-                check(same, f"{message}, or begin another run by {again}")
-            return config, saved
-
     saved = {}
-    if "init" in given:
-        start, _, trained = load_checkpoint(user_path(given["init"]))
-        saved["model"] = start["model"]
-        config = with_flags(trained, given)
-    else:
-        config = Config(**given)
-    if run:
-        saved["rows"] = []
-    else:
-        used = config.out and os.path.isdir(config.out) and os.listdir(config.out)
-        again = command_line("randsac.py", "--resume", config.out)
-        check(not used, f"{config.out} is in use: go on by {again}, or choose another --out")
-    return config, saved
+    if "resume" in given:
+        check("out" not in given, "--resume names the run's directory: leave --out out")
+        given["out"] = os.path.expanduser(given.pop("resume"))
+        if Path(given["out"], "checkpoint.pt").exists():
+            return resume(given["out"], given)
+        saved["rows"] = []  # what lies there is a run that has not begun
+    elif "out" in given and user_path(given["out"]).is_dir():
+        again = command_line("randsac.py", "--resume", given["out"])
+        used = os.listdir(user_path(given["out"]))
+        check(not used, f"{given['out']} is in use: go on by {again}, or choose another --out")
+
+    if "init" not in given:
+        return Config(**given), saved
+    start, _, trained = load_checkpoint(user_path(given["init"]))
+    saved["model"] = start["model"]
+    return with_flags(trained, given), saved
 
 
 def join_processes(config, device):
