@@ -152,8 +152,8 @@ def test_an_exercise_fails_alone_and_passes_alone(number):
         assert any(words in str(error) for error in errors)
 
 
-# Typical wrong answers: an exercise and code of the right answer; then what a student might write in
-# its place, with the mistake, and what an error says (!) where no test of the grader foresees it.
+# Typical wrong answers: an exercise and code of the right answer, then what a student might write
+# in its place, the mistake (#), and what an error has to say (!), for instance where Python stops.
 WRONG = """
 1 x = x.permute(0, 2, 4, 3, 5, 1)
   x = x.permute(0, 4, 2, 3, 5, 1)  # rows and columns of the grid swapped

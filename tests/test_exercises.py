@@ -35,7 +35,7 @@ def test_tokens_are_the_patches_in_raster_order():
     tokens = randsac.patchify(numbered_images(4, 6), 2)
     shape = list(tokens.shape)
     assert shape == [2, 6, 12], (
-        f"4 x 6 pixels in patches of 2 x 2 are 6 tokens of 2 * 2 * 3 values: [2, 6, 12], not {shape}"
+        f"4 x 6 pixels in patches of 2 x 2: 6 tokens of 2 * 2 * 3 values, [2, 6, 12], not {shape}"
     )
     expected = tokens_by_hand([0, 20, 40, 200, 220, 240])
     for b in range(2):
