@@ -5,7 +5,6 @@ tokens is the image's feature.
     python probe.py runs/NAME/checkpoint.pt                    # LIN and kNN
     python probe.py runs/NAME/checkpoint.pt --random-init      # their floor: an untrained encoder
     python probe.py runs/NAME/checkpoint.pt --features pixels  # another: no encoder at all
-    python probe.py runs/NAME/checkpoint.pt --save FILE.npz    # keeps the features, too
     python probe.py runs/NAME/checkpoint.pt --protocol layers  # or another of these four
 
   linear      LIN: a linear classifier on features of the frozen encoder, solved to its optimum, so
@@ -15,23 +14,18 @@ tokens is the image's feature.
   finetune    FT, the paper's other column: 100 epochs in which all is trained, end to end. With
               --random-init it is the paper's supervised row
 
-linear and layers look at each image once: nano takes some minutes for 60,000 of 32 x 32 pixels, on
-one CPU core. linear-sgd looks 91 times, finetune 4 times an epoch: a GPU's job. Each number is
-printed, and added as a row to probes.jsonl beside the checkpoint: percent of the test images, whose
-labels are used for nothing else but the floor that costs nothing, always to name their commonest
-class. Raw pixels are in [-1, 1]. kNN's cosine depends on where zero lies: it is right for 46.2 % of
-CIFAR-10, with pixels in [0, 1] for 36.3 %.
+linear and layers look at each image once: nano takes some minutes for 60,000 of 32 x 32 pixels on a
+CPU core. linear-sgd looks 91 times, finetune 4 times an epoch: a GPU's job. Each number, in percent
+of the test images, is printed and added to probes.jsonl beside the checkpoint. One more floor, all
+that test labels are used for besides, is always to name the commonest class. Raw pixels lie in
+[-1, 1]: with them kNN is right for 46.2 % of CIFAR-10; in [0, 1] it would be 36.3 %.
 
-FILE.npz holds float32 features `train` [n,D] and `test` [m,D], `train_labels` and `test_labels`,
-the names of the `classes`, the checkpoint's `sha256`, and what the images are called, `train_files`
-and `test_files`: paths below the folder or, of other data sets, numbers.
+--save FILE.npz keeps `train` and `test`, float32 features [n,D]; `train_labels` and `test_labels`;
+`train_files` and `test_files`, paths below the folder or numbers; `classes`; the model's `sha256`.
 
-The paper leaves its recipe of fine-tuning to a supplement. Ours is MAE's (He et al. 2022, ViT-B):
-mean of the tokens, LayerNorm and a linear head; AdamW at 1e-3 for each 256 images, layer decay 0.75
-and, for matrices, weight decay 0.05; stochastic depth up to 0.1; RandAugment (2 operations of
-magnitude 9), mixup (alpha 0.8) or CutMix (1.0), label smoothing 0.1, random erasing of 1 image in
-4. But the head starts at zero, a batch has 256 images, not 1024, warm-up takes 5 % of the steps,
-not 5 epochs, crops are those of pre-training, torchvision's RandAugment and erasing treat 8 images
+The paper leaves its recipe of fine-tuning to a supplement. Ours is MAE's (He et al. 2022, ViT-B),
+but the head starts at zero, a batch has 256 images, not 1024, 5 % of the steps warm up, not 5
+epochs, crops are those of pre-training, torchvision's RandAugment and random erasing treat 8 images
 alike, and random weights have no layer decay.
 """
 
@@ -40,7 +34,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -66,8 +59,7 @@ FLOORS = {("encoder", True): "random weights", ("pixels", False): "raw pixels"}
 
 # Images uint8 [n,3,H,W], labels int64 [n], names of the classes, images and labels of the test.
 Labelled = collections.namedtuple("Labelled", "images labels names test_images test_labels")
-# Where nobody watches the bar, a line of it every half minute will do.
-progress = functools.partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 30)
+progress = functools.partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 30)  # seconds
 
 
 @torch.inference_mode()
@@ -83,8 +75,7 @@ def outputs(function, images, size, device):
 
 
 def pooled(model, depths, x):
-    """x [B,3,H,W] -> [B,depths,D]: the outputs of the last `depths` layers, normalized as `encode`
-    does it, mean over tokens."""
+    """x [B,3,H,W] -> [B,depths,D]: the last layers, normalized as in `encode`, mean over tokens."""
     layers = model.encode_layers(x)[-depths:]
     return torch.stack([F.layer_norm(H, H.shape[-1:]).mean(1) for H in layers], 1)
 
@@ -100,8 +91,8 @@ def percent(hits):
 def fit(x, y, l2, covariance, weight, bias):
     """One fit of `logistic_regression`: starts from weight [C,D] and bias [C] -> better ones."""
     # Along a direction the loss curves about as the images vary there, plus l2. Where that differs
-    # by 1e8, L-BFGS needs thousands of steps. In units of the curvature's root it curves alike
-    # along all directions, and 50 steps do. So `scaled` is sought: weight = scaled @ inverse.
+    # by 1e8, L-BFGS needs thousands of steps, but 50 in units of the curvature's root, in which it
+    # curves alike along all directions. So `scaled` is sought: weight = scaled @ inverse.
     curvature = covariance + l2 * torch.eye(len(covariance)).to(covariance)  # [D,D]
     root = torch.linalg.cholesky(curvature)
     inverse = torch.linalg.inv(root).to(x.dtype)
@@ -143,7 +134,7 @@ def linear(train, labels, test, classes, seed):
     y = labels[order]
 
     # The strength of L2 is the one that is best on a held-out tenth of the training images.
-    held = math.ceil(len(x) / 10)
+    held = (len(x) + 9) // 10
     fits = logistic_regression(x[held:], y[held:], classes, L2_GRID)
     top1 = {}
     for l2, (weight, bias) in zip(progress(L2_GRID, desc="fits", unit="fit"), fits):
@@ -193,9 +184,8 @@ def strongly(classes, images, labels, config, step):
     x = torch.cat([erase(group) for group in x.split(8)])
 
     # Two images become one, whose label says how much of each it is. No label is quite sure.
-    mixup = v2.MixUp(alpha=0.8, num_classes=classes)
-    cutmix = v2.CutMix(alpha=1.0, num_classes=classes)
-    x, target = v2.RandomChoice([mixup, cutmix])(x, labels)  # [B,3,size,size], [B,C]
+    mixes = [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
+    x, target = v2.RandomChoice(mixes)(x, labels)  # [B,3,size,size], [B,C]
     return x, 0.9 * target + 0.1 / classes
 
 
@@ -220,7 +210,6 @@ def descend(forward, optimizer, augmented, data, config, device):
     steps = config.epochs * per_epoch
     # In float16 small gradients would be lost, as nothing scales them here.
     small = randsac.pick_precision("auto", device) == "float16"
-
     bar = progress(range(steps), desc="training", unit="img", unit_scale=config.batch_size)
     for step in bar:
         epoch, place = divmod(step, per_epoch)
@@ -245,7 +234,6 @@ def descend(forward, optimizer, augmented, data, config, device):
 
 def linear_sgd(model, data, config, device):
     """LIN the paper's way, by MAE's recipe -> scores [m,C] of the test images, settings."""
-    # BatchNorm without scale, then a linear layer.
     encode = functools.partial(pooled, model, 1)
     norm = nn.BatchNorm1d(config.dim, affine=False)
     head = nn.Sequential(norm, nn.Linear(config.dim, len(data.names))).to(device)
@@ -256,9 +244,7 @@ def linear_sgd(model, data, config, device):
         return head(encode(x)[:, 0])  # [B,3,H,W] -> [B,1,D] -> [B,C]
 
     # MAE's optimizer is LARS, for batches of 16384 images. BatchNorm needs 2.
-    check(
-        config.batch_size > 1, "--batch-size must be 2 or more: features are standardized over it"
-    )
+    check(config.batch_size > 1, "--batch-size must be 2 or more: features are compared in a batch")
     optimizer = torch.optim.SGD([{"params": head.parameters(), "share": 1.0}], momentum=0.9)
     descend(forward, optimizer, weakly, data, config, device)
 
@@ -309,19 +295,6 @@ def make_row(protocol, data, scores, settings):
     return row
 
 
-def frozen_features(model, data, config, args, device):
-    """-> features of the training images [n,depths,D] and of the test images [m,depths,D]: of the
-    last layer, for the protocol layers of all, or the pixels themselves."""
-    depths = config.depth if args.protocol == "layers" else 1
-    function = functools.partial(pooled, model, depths)
-    size = config.image_size
-    if args.features == "pixels":
-        function = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, -1)))  # [B,3,H,W] -> [B,1,D]
-        size = min(size, 32)  # the solver's time grows as the cube of the number of features
-    train = outputs(function, data.images, size, device)
-    return train, outputs(function, data.test_images, size, device)
-
-
 def save_features(path, train, test, data, config, sha256):
     """Writes features [n,D] and [m,D], and whose they are, for numpy.load."""
     names = range(len(train))
@@ -329,6 +302,8 @@ def save_features(path, train, test, data, config, sha256):
     if config.dataset == "folder":
         root = Path(config.data_dir)
         _, training, held_out, _ = randsac.list_folder(root)
+        there = [label for _, label in training] == data.labels.tolist()
+        check(there, f"files came to {root} or went meanwhile: try again")
         names = [file.relative_to(root).as_posix() for file, _ in training]
         test_names = [file.relative_to(root).as_posix() for file, _ in held_out]
     kept = {"train": train.numpy(), "train_labels": data.labels, "train_files": names}
@@ -338,8 +313,20 @@ def save_features(path, train, test, data, config, sha256):
     print(f"features of {len(train)} training and {len(test)} test images are in {path}")
 
 
-def classify(train, test, data, config, args, device):
-    """Features as `frozen_features` gives them -> a row for each number of linear or layers."""
+def measure_frozen(model, data, config, args, device, sha256):
+    """-> a row for each number of linear or layers, none without labels. Keeps what --save asks."""
+    depths = config.depth if args.protocol == "layers" else 1
+    function = functools.partial(pooled, model, depths)
+    size = config.image_size
+    if args.features == "pixels":
+        function = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, -1)))  # [B,3,H,W] -> [B,1,D]
+        size = min(size, 32)  # the solver's time grows as the cube of the number of features
+    train = outputs(function, data.images, size, device)  # [n,depths,D]
+    test = outputs(function, data.test_images, size, device) if len(data.test_images) else train[:0]
+    if args.save:
+        save_features(args.save, train[:, 0], test[:, 0], data, config, sha256)
+    if not args.labelled:
+        return []
     place = device if device.type == "cuda" else "cpu"  # Apple's mps lacks the solver's float64
     labels = data.labels.to(place)
     lin = []
@@ -354,20 +341,14 @@ def classify(train, test, data, config, args, device):
     return [lin[-1] | {"protocol": "layers"} | tops]
 
 
-def add_row(path, row):
-    """Adds a row in a single write: of two probes at once, none overwrites the other's."""
+def report(row, log, classes):
+    """Adds a row to the log, and prints it. Beside a trained encoder's number stand its floors:
+    rows of the same protocol, checkpoint and images that learned nothing."""
     added = json.dumps(row) + "\n"
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
         added = "\n" + added  # the row before was cut off, as by a full disk
-    with open(path, "ab", buffering=0) as file:
+    with open(log, "ab", buffering=0) as file:  # in a single write: two probes may add at once
         file.write(added.encode())
-
-
-def show(row, log, classes):
-    """Prints what was measured. Beside a trained encoder's number stand its floors: rows of the
-    same protocol, checkpoint and images that learned nothing."""
-    for k, lin in enumerate(row.get("layers", [])):
-        print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {row['layers_knn'][k]:6.2f} %")
     floors = {}
     same = ("protocol", "dataset", "data_dir", "image_size", "checkpoint", "sha256")
     for line in log.read_text().splitlines():
@@ -376,6 +357,8 @@ def show(row, log, classes):
             kind = FLOORS.get((other["features"], other["random_init"]))
             if kind and all(other.get(name) == row[name] for name in same):
                 floors[kind] = other["top1"]
+    for k, lin in enumerate(row.get("layers", [])):
+        print(f"layer {k + 1:2}  LIN {lin:6.2f} %  kNN {row['layers_knn'][k]:6.2f} %")
     words = f"{row['protocol']}: top-1 {row['top1']:.2f} %"
     if (row["features"], row["random_init"]) not in FLOORS:
         words += "".join(f", from {kind} {floors[kind]:.2f} %" for kind in floors)
@@ -391,13 +374,11 @@ def prepare(arguments):
     shared = ("data_dir", "epochs", "batch_size", "lr", "seed", "device")
     parser = randsac.make_parser(__doc__, leave_out=fields.difference(shared))
     add = parser.add_argument
-    path = randsac.user_path
-    protocols = ["linear", "layers", *RECIPES]
-    add("checkpoint", type=path, help="checkpoint.pt of a run; rows go beside it")
-    add("--protocol", choices=protocols, default="linear", help="see above (default: linear)")
+    add("checkpoint", type=randsac.user_path, help="checkpoint.pt of a run; rows go beside it")
+    add("--protocol", choices=["linear", "layers", *RECIPES], default="linear", help="see above")
     add("--random-init", action="store_true", default=False, help="take random weights")
     add("--features", choices=["encoder", "pixels"], default="encoder", help="pixels: see above")
-    add("--save", type=path, default=None, metavar="FILE", help="keep the features: see above")
+    add("--save", type=randsac.user_path, default=None, metavar="FILE", help="keep the features")
     add("--dataset", choices=randsac.DATASETS, help="other images than the checkpoint's")
     add("--image-size", type=int, metavar="X", help="side of an image (default: as in training)")
     args = parser.parse_args(arguments)
@@ -421,60 +402,48 @@ def prepare(arguments):
     return args, saved, config, model.requires_grad_(args.protocol == "finetune")
 
 
-def check_file(path, mend):
-    """UserError where a file cannot be written, before much is computed for it."""
-    place = path if path.exists() else path.parent
-    check(os.access(place, os.W_OK), f"{place} cannot be written to: {mend}")
-
-
 def main(arguments):
     started = time.perf_counter()
     args, saved, config, model = prepare(arguments)
     log = args.checkpoint.with_name("probes.jsonl")
-    check_file(log, "copy the checkpoint elsewhere")
-    if args.save:
-        check(not args.save.exists(), f"{args.save} is there already: give --save a new file")
-        check_file(args.save, "choose another --save")
+    for path in {log, args.save} - {None}:
+        check(path == log or not path.exists(), f"{path} is there already: --save takes a new file")
+        place = path if path.exists() else path.parent
+        check(os.access(place, os.W_OK), f"{place} cannot be written to: save or copy to another")
     device = randsac.pick_device(config.device)
     model = model.to(device)
     images, labels, names = randsac.load_images(config, train=True)
     data = Labelled(images, labels, names, *randsac.load_images(config, train=False)[:2])
 
-    # A number needs labels. Features do not.
-    near = randsac.command_line("visualize.py", "neighbours", "--checkpoint", args.checkpoint)
-    found = f"{config.data_dir} has {len(names)} and {len(data.test_images)}"
-    words = f"a number needs 2 classes and test images, {found}: take --save FILE.npz, or {near}"
-    labelled = len(names) > 1 and len(data.test_images) > 0
-    check(labelled or args.save, words)
+    # A number needs labels, features do not.
+    mine = ("--checkpoint", args.checkpoint)
+    folder = ("--dataset", config.dataset, "--data-dir", config.data_dir)
+    near = randsac.command_line("visualize.py", "neighbours", *mine, *folder)
+    words = f"a number needs 2 classes and test images; without them: --save FILE.npz, or {near}"
+    args.labelled = len(names) > 1 and len(data.test_images) > 0
+    check(args.labelled or args.save, words)
     if args.protocol == "linear-sgd":
         rows = [make_row("linear-sgd", data, *linear_sgd(model, data, config, device))]
     elif args.protocol == "finetune":
         decay = 1.0 if args.random_init else 0.75
         rows = [make_row("finetune", data, *finetune(model, data, config, device, decay))]
     else:
-        train, test = frozen_features(model, data, config, args, device)
-        if args.save:
-            save_features(args.save, train[:, 0], test[:, 0], data, config, saved["sha256"])
-        if not labelled:
-            print(words)
-            return
-        rows = classify(train, test, data, config, args, device)
+        rows = measure_frozen(model, data, config, args, device, saved["sha256"])
+    if not rows:
+        print(words)
+        return
 
-    # A row says what was measured, and of what.
-    about = {name: getattr(config, name) for name in ("dataset", "data_dir", "image_size", "seed")}
-    if config.data_dir:
-        about["data_dir"] = str(Path(config.data_dir).resolve())
-    about |= {"features": args.features, "random_init": args.random_init}
+    about = {name: getattr(config, name) for name in ("dataset", "image_size", "seed")}
+    about["data_dir"] = os.path.realpath(config.data_dir) if config.data_dir else ""
+    about |= {"features": args.features, "random_init": args.random_init, "step": saved.get("step")}
     about |= {"checkpoint": args.checkpoint.name, "sha256": saved["sha256"]}
-    about["step"] = saved.get("step")
     for row in rows:
         row["settings"] |= {name: getattr(config, name) for name in RECIPES.get(args.protocol, ())}
         row |= about
         row["seconds"] = round(time.perf_counter() - started, 1)
-        add_row(log, row)
-        show(row, log, len(names))
-    print(f"in {row['seconds']} s, added to {log}. Next: its floors, as in --help, or")
-    print(randsac.command_line("visualize.py", "all", "--checkpoint", args.checkpoint))
+        report(row, log, len(names))
+    print(f"in {row['seconds']} s, added to {log}; next: its floors, as in --help, or")
+    print(randsac.command_line("visualize.py", "all", *mine))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The evaluation protocols (Section 5.1): the solver's optimum, what a probe may see, the recipes, the
-rows that it adds, what it refuses."""
+rows that it adds, the features that it keeps, what it refuses."""
 
 import functools
 import hashlib
@@ -7,10 +7,10 @@ import json
 import os
 import pickle
 import re
-import shlex
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,21 +23,22 @@ import probe
 import randsac
 
 CPU = torch.device("cpu")
-PROTOCOLS = [
-    ("linear", ()),
-    ("layers", ()),
-    ("linear-sgd", ("--epochs", 2)),
-    ("finetune", ("--epochs", 2)),
-]
 OWN_USE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
-@pytest.fixture(scope="session")
-def trained(image_folder, tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """Where decoded images go, and in which the tests of this file lie."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, here):
     """The checkpoint of a few steps on `image_folder`."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--max-steps", 4, "--out", out) == 0
-    return out / "checkpoint.pt"
+    assert run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--max-steps", 4, "--out", "run") == 0
+    return Path("run", "checkpoint.pt").resolve()
 
 
 @pytest.fixture
@@ -47,40 +48,54 @@ def checkpoint(trained, tmp_path, monkeypatch):
     return shutil.copy(trained, tmp_path / "checkpoint.pt")
 
 
+def words(*arguments):
+    return [str(argument) for argument in (*arguments, "--device", "cpu")]
+
+
 def run_probe(checkpoint, *arguments):
     """Runs a probe in this process -> the rows that it added."""
     path = checkpoint.parent / "probes.jsonl"
     before = path.read_text() if path.exists() else ""
-    probe.main([str(argument) for argument in (checkpoint, "--device", "cpu", *arguments)])
+    probe.main(words(checkpoint, *arguments))
     after = path.read_text()
     assert after.startswith(before)
     return [json.loads(line) for line in after[len(before) :].splitlines()]
 
 
-def prepared(protocol, checkpoint, *flags):
-    """What main prepares before it measures: model, data, config, arguments."""
-    words = [checkpoint, "--protocol", protocol, "--device", "cpu", *flags]
-    args = probe.read_arguments([str(word) for word in words])
-    _, config, model = probe.prepare(args)
-    return model, probe.load_labelled(config), config, args
+def prepared(checkpoint, *flags):
+    """What main prepares before it measures -> model, data, config, args."""
+    args, _, config, model = probe.prepare(words(checkpoint, *flags))
+    args.labelled = True
+    images, labels, names = randsac.load_images(config, train=True)
+    test_images, test_labels, _ = randsac.load_images(config, train=False)
+    return model, probe.Labelled(images, labels, names, test_images, test_labels), config, args
 
 
-def all_scores(protocol, checkpoint, *flags, change=None):
-    """-> model, and the test images' scores of each number that the protocol gives."""
-    model, data, config, args = prepared(protocol, checkpoint, *flags)
-    if change:
-        data = change(data)
+def all_scores(checkpoint, *flags, change=lambda data: data):
+    """-> model, and the test images' scores of each number that a probe with these flags gives."""
+    models = []
     seen = []
-    original = probe.make_row
+    originals = (probe.prepare, probe.make_row, probe.Labelled)
+
+    def prepare(arguments):
+        found = originals[0](arguments)
+        models.append(found[-1])
+        return found
 
     def make_row(protocol, data, scores, settings):
         seen.append(scores)
-        return original(protocol, data, scores, settings)
+        return originals[1](protocol, data, scores, settings)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "prepare", prepare)
         patch.setattr(probe, "make_row", make_row)
-        probe.measure(model, data, config, args, CPU)
-    return model, seen
+        patch.setattr(probe, "Labelled", lambda *parts: change(originals[2](*parts)))
+        run_probe(checkpoint, *flags)
+    return models[0], seen
+
+
+def tuned(protocol, *flags):
+    return ("--protocol", protocol, "--epochs", 2, *flags)
 
 
 # --- the solver
@@ -93,11 +108,6 @@ def correlated(n=240, D=6, C=4, seed=0):
     x = rng.normal(size=(n, D)) + np.eye(C, D)[y]
     x = x @ (np.eye(D) + 0.8 * rng.normal(size=(D, D))) * 10 ** np.linspace(0, 2, D) + 5
     return x, y
-
-
-def standardized(n=240):
-    x, y = correlated(n)
-    return torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y)
 
 
 def narrow(n=600, D=12, C=3):
@@ -146,31 +156,31 @@ def newton(x, y, C, l2):
     return evaluate(w.ravel())[0], w[:, :-1], w[:, -1] - w[:, -1].mean()
 
 
-def loss_of(x, y, weight, bias, l2):
+def check_optimum(x, y, C, l2, weight, bias, slack):
+    """The weight and bias predict as newton's do, and their loss is its loss."""
+    best, W, b = newton(x.double().numpy(), y.numpy(), C, l2)
     x, weight, bias = x.double(), weight.double(), bias.double()
-    return (F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * weight.square().sum()).item()
+    loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * weight.square().sum()
+    assert abs(loss.item() - best) < slack, l2
+    right = (x @ torch.from_numpy(W).T + torch.from_numpy(b)).argmax(1)
+    assert (F.linear(x, weight, bias).argmax(1) == right).float().mean() > 0.99
+    return np.abs(weight.numpy() - W).max() / max(1, np.abs(W).max())
 
 
-@pytest.mark.parametrize("l2", [1e-1, 1e-3, 1e-6])
-def test_the_solver_finds_the_optimum_that_newton_finds(l2):
-    x, y = standardized()
-    best, W, b = newton(x.numpy(), y.numpy(), 4, l2)
-    [(weight, bias)] = probe.logistic_regression(x, y, 4, [l2])
-    assert abs(loss_of(x, y, weight, bias, l2) - best) < 1e-9
-    assert np.abs(weight.numpy() - W).max() < 1e-4 * max(1, np.abs(W).max())
-    assert np.abs(bias.numpy() - b).max() < 1e-4
-    predicted = F.linear(x, weight, bias).argmax(1).numpy()
-    assert (predicted == (x.numpy() @ W.T + b).argmax(1)).all()
+def test_the_solver_finds_the_optimum_that_newton_finds():
+    x, y = correlated()
+    x = torch.from_numpy((x - x.mean(0)) / x.std(0))
+    y = torch.from_numpy(y)
+    for l2 in (1e-1, 1e-3, 1e-6):
+        [(weight, bias)] = probe.logistic_regression(x, y, 4, [l2])
+        assert check_optimum(x, y, 4, l2, weight, bias, slack=1e-9) < 1e-4
 
 
 def test_in_float32_it_finds_it_where_images_hardly_vary_in_some_directions():
     x, y = narrow()
     fits = probe.logistic_regression(x.float(), y, 3, probe.L2_GRID)
     for l2, (weight, bias) in zip(probe.L2_GRID, fits, strict=True):
-        best, W, b = newton(x.numpy(), y.numpy(), 3, l2)
-        assert loss_of(x.float(), y, weight, bias, l2) - best < 2e-6, l2
-        right = torch.from_numpy(x.numpy() @ W.T + b).argmax(1)
-        assert (F.linear(x.float(), weight, bias).argmax(1) == right).float().mean() > 0.99
+        check_optimum(x, y, 3, l2, weight, bias, slack=2e-6)
 
 
 def test_the_solver_needs_few_steps_whatever_the_strength(monkeypatch):
@@ -271,13 +281,30 @@ def test_neighbours_vote_as_a_loop_says():
 # --- features
 
 
+def features_of(model, data, config, args):
+    """-> what `measure_frozen` computes of the training images and of the test images."""
+    seen = []
+    original = probe.outputs
+
+    def outputs(*given):
+        seen.append(original(*given))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "outputs", outputs)
+        rows = probe.measure_frozen(model, data, config, args, CPU, "")
+    return *seen, rows
+
+
 def test_features_are_encodes_mean_over_tokens(checkpoint):
-    model, data, _, _ = prepared("layers", checkpoint)
-    every = probe.outputs(functools.partial(probe.pooled, model, 2), data.images, 8, CPU)
-    last = probe.outputs(functools.partial(probe.pooled, model, 1), data.images, 8, CPU)
+    model, data, config, args = prepared(checkpoint, "--protocol", "layers")
+    every, test, _ = features_of(model, data, config, args)
+    args.protocol = "linear"
+    last, _, _ = features_of(model, data, config, args)
     with torch.no_grad():
         expected = model.encode(randsac.normalize(data.images, 8)).mean(1)
     assert every.shape == (72, 2, 16)
+    assert test.shape == (24, 2, 16)
     assert last.shape == (72, 1, 16)
     assert last.dtype == torch.float32
     assert torch.allclose(last[:, 0], expected, atol=1e-5)
@@ -286,7 +313,7 @@ def test_features_are_encodes_mean_over_tokens(checkpoint):
 
 
 def test_layers_are_measured_each_by_itself_and_the_last_as_linear_does_it(checkpoint):
-    model, data, config, args = prepared("layers", checkpoint)
+    model, data, config, args = prepared(checkpoint, "--protocol", "layers")
     encode_layers = model.encode_layers
 
     def no_first_layer(x):
@@ -294,9 +321,9 @@ def test_layers_are_measured_each_by_itself_and_the_last_as_linear_does_it(check
         return [torch.randn_like(first), last]
 
     model.encode_layers = no_first_layer
-    [row] = probe.measure(model, data, config, args, CPU)
+    *_, [row] = features_of(model, data, config, args)
     args.protocol = "linear"
-    lin, near = probe.measure(model, data, config, args, CPU)
+    *_, [lin, near] = features_of(model, data, config, args)
     assert row["protocol"] == "layers"
     assert max(row["layers"][0], row["layers_knn"][0]) < 70
     assert min(lin["top1"], near["top1"]) > 90
@@ -305,24 +332,15 @@ def test_layers_are_measured_each_by_itself_and_the_last_as_linear_does_it(check
     assert row["per_class"] == lin["per_class"]
 
 
-def test_raw_pixels_are_the_image_itself_at_most_32_wide(checkpoint, monkeypatch):
-    model, data, config, args = prepared("linear", checkpoint, "--features", "pixels")
-    seen = []
-
-    def note(train, labels, test, classes, seed):
-        seen.append(train)
-        return probe.knn(train, labels, test, classes)
-
-    monkeypatch.setattr(probe, "linear", note)
-    probe.measure(model, data, config, args, CPU)
-    assert torch.equal(seen[0], randsac.normalize(data.images, 8).flatten(1))
-    large = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
-    labels = torch.arange(6) % 3
+def test_raw_pixels_are_the_image_itself_at_most_32_wide(checkpoint):
+    model, data, config, args = prepared(checkpoint, "--features", "pixels")
+    train, _, _ = features_of(model, data, config, args)
+    assert torch.equal(train[:, 0], randsac.normalize(data.images, 8).flatten(1))
+    args.labelled = False
     config.image_size = 40
-    probe.measure(
-        model, probe.Labelled(large, labels, large, labels, data.names), config, args, CPU
-    )
-    assert torch.equal(seen[1], randsac.normalize(large, 32).flatten(1))
+    large = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
+    train, _, _ = features_of(model, data._replace(images=large, test_images=large), config, args)
+    assert torch.equal(train[:, 0], randsac.normalize(large, 32).flatten(1))
 
 
 # --- what a probe may change and see
@@ -335,105 +353,71 @@ def fingerprint(model):
 
 def test_the_encoder_is_the_checkpoints_or_a_random_one(checkpoint):
     def encoder(*flags):
-        model, *_ = prepared(*flags[:1], checkpoint, *flags[1:])
-        return fingerprint(model)
+        return fingerprint(prepared(checkpoint, *flags)[0])
 
     as_trained = fingerprint(randsac.load_model(checkpoint)[0])
-    assert encoder("linear") == encoder("linear", "--seed", 1) == as_trained
-    untrained = encoder("linear", "--random-init")
-    assert as_trained != untrained == encoder("finetune", "--from-scratch")
-    assert untrained != encoder("linear", "--random-init", "--seed", 1)
+    assert encoder() == encoder("--seed", 1) == as_trained
+    untrained = encoder("--random-init")
+    assert as_trained != untrained == encoder("--random-init", "--protocol", "finetune")
+    assert untrained != encoder("--random-init", "--seed", 1)
 
 
-@pytest.mark.parametrize("protocol, flags", PROTOCOLS)
-def test_test_labels_change_nothing_and_only_finetune_changes_the_encoder(
-    checkpoint, protocol, flags
-):
+@pytest.mark.parametrize("protocol", ["layers", "linear-sgd", "finetune"])
+def test_test_labels_change_nothing_and_only_finetune_changes_the_encoder(checkpoint, protocol):
     def permuted(data):
         shuffled = data.test_labels[torch.randperm(len(data.test_labels))]
         return data._replace(test_labels=shuffled)
 
-    untouched, *_ = prepared(protocol, checkpoint, *flags)
-    model, scores = all_scores(protocol, checkpoint, *flags)
-    _, again = all_scores(protocol, checkpoint, *flags, change=permuted)
-    assert (fingerprint(model) == fingerprint(untouched)) == (protocol != "finetune")
-    assert len(scores) == {"linear": 2, "layers": 4}.get(protocol, 1)
+    flags = ("--protocol", protocol) if protocol == "layers" else tuned(protocol)
+    untouched, *_ = prepared(checkpoint, *flags)
+    model, scores = all_scores(checkpoint, *flags)
+    _, again = all_scores(checkpoint, *flags, change=permuted)
+    before = [p.clone() for p in untouched.encoder.parameters()]
+    same = all(map(torch.equal, before, model.encoder.parameters()))
+    assert same == (protocol != "finetune")
+    assert len(scores) == {"layers": 4}.get(protocol, 1)
     for before, after in zip(scores, again, strict=True):
         assert before.shape == (24, 3)
         assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("protocol", ["linear-sgd", "finetune"])
-def test_the_seed_decides_the_training(checkpoint, protocol):
-    flags = ("--epochs", 2, "--lr", 0.1, "--seed")
-    scores = [all_scores(protocol, checkpoint, *flags, seed)[1][0] for seed in (3, 3, 4)]
+def test_the_seed_decides_the_training_and_a_test_image_is_scored_alone(checkpoint, protocol):
+    def few(data):
+        return data._replace(test_images=data.test_images[:4], test_labels=data.test_labels[:4])
+
+    flags = tuned(protocol, "--lr", 0.1, "--batch-size", 24, "--seed")
+    scores = [all_scores(checkpoint, *flags, seed)[1][0] for seed in (3, 3, 4)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
+    _, [alone] = all_scores(checkpoint, *flags, 3, change=few)
+    assert torch.allclose(alone, scores[0][:4], atol=1e-4)
 
 
 def test_every_step_and_seed_has_streams_of_its_own_for_crops_and_for_the_rest(
     checkpoint, monkeypatch
 ):
-    crops = []
-    others = []
+    seeds = []
+    original = randsac.random_crops
 
-    def augment(images, size, scale, generator):
-        crops.append(generator.initial_seed())
-        others.append(torch.initial_seed())
-        return randsac.normalize(images, size)
+    def random_crops(count, scale, device, generator):
+        seeds.extend([generator.initial_seed(), torch.initial_seed()])
+        return original(count, scale, device, generator)
 
-    monkeypatch.setattr(randsac, "augment", augment)
+    monkeypatch.setattr(randsac, "random_crops", random_crops)
     for seed in (3, 4):
-        flags = ("--epochs", 2, "--batch-size", 24, "--seed", seed)
-        all_scores("finetune", checkpoint, *flags)
-    assert len(crops) == 12, "72 images are 3 steps an epoch"
-    assert len(set(crops + others)) == 24
-
-
-def test_crops_and_distortions_are_drawn_apart():
-    # Were it one stream, the first numbers drawn would be the same for both.
-    drawn = []
-    original = randsac.augment
-
-    def augment(images, size, scale, generator):
-        drawn.append(torch.rand(4, generator=generator))
-        return original(images, size, scale, generator)
-
-    def distort(images):
-        drawn.append(torch.rand(4))
-        return images
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(randsac, "augment", augment)
-        patch.setattr(probe.v2, "RandAugment", lambda **_: distort)
-        images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
-        labels = torch.arange(8) % 2
-        probe.strongly(2, images, labels, micro(image_size=8, patch_size=2), step=0)
-    assert len(drawn) == 2
-    assert not torch.allclose(*drawn)
-
-
-@pytest.mark.parametrize("protocol", ["linear-sgd", "finetune"])
-def test_a_trained_head_scores_each_test_image_alone(checkpoint, protocol):
-    def first(count):
-        def change(data):
-            some = data.test_images[:count]
-            return data._replace(test_images=some, test_labels=data.test_labels[:count])
-
-        flags = ("--epochs", 2, "--lr", 0.1, "--batch-size", 24)
-        _, [scores] = all_scores(protocol, checkpoint, *flags, change=change)
-        return scores[:4]
-
-    assert torch.allclose(first(24), first(4), atol=1e-4)
+        all_scores(checkpoint, *tuned("finetune", "--batch-size", 24, "--seed", seed))
+    assert len(seeds) == 24, "72 images are 3 steps an epoch"
+    assert len(set(seeds)) == 24
 
 
 # --- the recipes
 
 
-@pytest.mark.parametrize("protocol, epochs, lr", [("linear-sgd", 20, 1), ("finetune", 40, 0.05)])
+@pytest.mark.parametrize("protocol, epochs, lr", [("linear-sgd", 20, 1), ("finetune", 15, 0.1)])
 def test_training_learns_what_colours_tell(checkpoint, protocol, epochs, lr):
-    flags = ("--epochs", epochs, "--lr", lr, "--batch-size", 24)
-    _, [scores] = all_scores(protocol, checkpoint, *flags)
+    flags = ("--protocol", protocol, "--epochs", epochs, "--lr", lr, "--batch-size", 24)
+    _, [scores] = all_scores(checkpoint, *flags)
     assert (scores.argmax(1) == torch.arange(24) // 8).float().mean() > 0.8
 
 
@@ -453,7 +437,7 @@ def test_linear_sgd_reaches_lin():
     generator = torch.Generator().manual_seed(0)
     images, labels = coloured(512, generator)
     test_images, test_labels = coloured(2000, generator)
-    data = probe.Labelled(images, labels, test_images, test_labels, list("abcd"))
+    data = probe.Labelled(images, labels, list("abcd"), test_images, test_labels)
     config = micro(image_size=8, patch_size=2, segments="patch", **probe.RECIPES["linear-sgd"])
     config.crop_scale = 0.5
     model = randsac.RandSAC(config).eval().requires_grad_(False)
@@ -483,7 +467,7 @@ def scores_with_head(checkpoint, monkeypatch, protocol):
         return data._replace(test_images=data.images, test_labels=data.labels, names=names)
 
     monkeypatch.setattr(probe, "descend", descend)
-    _, [scores] = all_scores(protocol, checkpoint, "--epochs", 1, change=change)
+    _, [scores] = all_scores(checkpoint, *tuned(protocol), change=change)
     return scores, inside[0]
 
 
@@ -505,7 +489,7 @@ def test_finetune_standardizes_each_image_by_its_own_numbers(checkpoint, monkeyp
 
 
 def test_layers_learn_at_shares_of_the_rate(checkpoint):
-    model, data, config, _ = prepared("finetune", checkpoint, "--epochs", 1)
+    model, data, config, _ = prepared(checkpoint, *tuned("finetune"))
     head = torch.nn.Linear(16, 3)
     groups = probe.layer_groups(model, head, 0.5)
     shares = {id(p): (g["share"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -515,17 +499,13 @@ def test_layers_learn_at_shares_of_the_rate(checkpoint):
     assert shares[id(model.embed.weight)] == (0.125, 0.05)
     parts = (head, model.encoder, model.embed)
     assert set(shares) == {id(p) for part in parts for p in part.parameters()}
-    before = fingerprint(model)
+    before = [p.clone() for p in model.parameters()]
     probe.finetune(model, data, config, CPU, decay=0.0)
-    assert fingerprint(model) == before, "a share of 0 keeps a layer as it is"
-    for flags, decay in (((), 0.75), (("--from-scratch",), 1)):
-        model, data, config, args = prepared("finetune", checkpoint, "--epochs", 1, *flags)
-        [row] = probe.measure(model, data, config, args, CPU)
-        assert row["settings"]["layer_decay"] == decay
+    assert all(map(torch.equal, before, model.parameters())), "a share of 0 keeps a layer as it is"
 
 
 def test_stochastic_depth_leaves_out_branches_of_higher_layers_in_training_only(checkpoint):
-    model, _ = all_scores("finetune", checkpoint, "--epochs", 1)
+    model, _ = all_scores(checkpoint, *tuned("finetune"))
     x = torch.randn(1, 4, 16).expand(4000, -1, -1)
     low, high = model.encoder
     branches = [
@@ -548,7 +528,7 @@ def undistorted(monkeypatch):
     """Images as they are but for mixing and erasing: so that these can be seen alone."""
     monkeypatch.setattr(probe.v2, "RandAugment", lambda **_: torch.nn.Identity())
     monkeypatch.setattr(
-        randsac, "augment", lambda images, size, *_: randsac.normalize(images, size)
+        randsac, "crop", lambda images, crops, size: randsac.normalize(images, size)
     )
 
 
@@ -592,7 +572,7 @@ def test_one_image_in_four_is_erased_in_part_by_noise(undistorted, monkeypatch):
 
 
 def test_each_eight_images_are_distorted_in_a_way_of_their_own(monkeypatch):
-    monkeypatch.setattr(randsac, "augment", lambda images, *_: images.float())
+    monkeypatch.setattr(randsac, "crop", lambda images, *_: images.float())
     monkeypatch.setattr(probe.v2, "RandomErasing", lambda **_: torch.nn.Identity())
     one = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     x, _ = probe.strongly(2, one.repeat(64, 1, 1, 1), torch.arange(64) % 2, micro(), step=5)
@@ -615,14 +595,16 @@ def test_strong_augmentation_is_the_same_in_the_same_step():
 
 
 def test_every_protocol_and_floor_adds_rows(checkpoint, image_folder, capsys):
+    short = ("--epochs", 1, "--protocol")
     cases = [
         ((), ["linear", "knn"]),
         (("--random-init",), ["linear", "knn"]),
+        (("--random-init",), ["linear", "knn"]),
         (("--features", "pixels"), ["linear", "knn"]),
         (("--protocol", "layers"), ["layers"]),
-        (("--protocol", "linear-sgd", "--epochs", 1), ["linear-sgd"]),
-        (("--protocol", "finetune", "--epochs", 1), ["finetune"]),
-        (("--protocol", "finetune", "--from-scratch", "--epochs", 1), ["finetune"]),
+        ((*short, "linear-sgd"), ["linear-sgd"]),
+        ((*short, "finetune"), ["finetune"]),
+        ((*short, "finetune", "--random-init"), ["finetune"]),
         (("--image-size", 12), ["linear", "knn"]),  # 36 tokens, which 16 squares do not cut
     ]
     rows = {}
@@ -633,20 +615,21 @@ def test_every_protocol_and_floor_adds_rows(checkpoint, image_folder, capsys):
         for row in found:
             assert f"{row['protocol']}: top-1 {row['top1']:.2f} %" in printed
             assert row["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-            assert row["checkpoint"] == "checkpoint.pt"
-            assert (row["step"], row["seed"]) == (4, 0)
-            assert row["seconds"] > 0
-            assert (row["dataset"], row["data_dir"]) == ("folder", str(image_folder))
+            assert (row["checkpoint"], row["step"], row["seed"]) == ("checkpoint.pt", 4, 0)
+            assert row.pop("seconds") >= 0
+            assert (row["dataset"], row["data_dir"]) == ("folder", str(image_folder.resolve()))
             assert row["image_size"] == (12 if "--image-size" in flags else 8)
             assert row["features"] == ("pixels" if "pixels" in flags else "encoder")
-            assert row["random_init"] == (not {"--random-init", "--from-scratch"}.isdisjoint(flags))
+            assert row["random_init"] == ("--random-init" in flags)
             assert list(row["per_class"]) == ["ant", "bee", "cat"]
-            assert "top5" not in row
             # Classes are of equal size here.
             assert abs(np.mean(list(row["per_class"].values())) - row["top1"]) < 0.02
-            rows[flags, row["protocol"]] = row
+            assert row["commonest"] == 33.33
+            key = (flags, row["protocol"])
+            assert rows.get(key, row) == row, "the same command gives the same numbers"
+            rows[key] = row
         assert str(checkpoint.parent / "probes.jsonl") in printed
-        assert "\nnext: python" in printed
+        assert "commonest" not in printed
 
     linear = rows[(), "linear"]
     assert linear["settings"]["l2"] in probe.L2_GRID
@@ -656,76 +639,46 @@ def test_every_protocol_and_floor_adds_rows(checkpoint, image_folder, capsys):
     layers = rows[("--protocol", "layers"), "layers"]
     assert layers["layers"][-1] == layers["top1"] == linear["top1"]
     assert layers["layers_knn"][-1] == rows[(), "knn"]["top1"]
-    tuned = rows[("--protocol", "finetune", "--epochs", 1), "finetune"]["settings"]
-    recipe = {"epochs": 1, "batch_size": 256, "lr": 1e-3, "layer_decay": 0.75, "weight_decay": 0.05}
-    assert tuned.items() >= recipe.items()
+    for flags, decay in (((), 0.75), (("--random-init",), 1)):
+        settings = rows[(*short, "finetune", *flags), "finetune"]["settings"]
+        recipe = {"epochs": 1, "batch_size": 256, "lr": 1e-3, "layer_decay": decay}
+        assert settings.items() >= recipe.items()
 
 
-def test_the_same_command_gives_the_same_numbers(checkpoint):
-    first = run_probe(checkpoint, "--random-init")
-    again = run_probe(checkpoint, "--random-init")
-    for before, after in zip(first, again, strict=True):
-        assert {**before, "seconds": 0} == {**after, "seconds": 0}
+def test_floors_are_those_of_the_same_images_and_checkpoint(
+    checkpoint, image_folder, tmp_path, capsys, monkeypatch
+):
+    for user in ("one", "two"):
+        shutil.copytree(image_folder, tmp_path / user / "imgs")
 
-
-def said_next(capsys):
-    """-> the words after python of the command that was printed last."""
-    line = capsys.readouterr().out.splitlines()[-1]
-    python, program, *words = shlex.split(line.removeprefix("next: "))
-    assert python.startswith("python")
-    return os.path.realpath(program), words
-
-
-def test_each_command_that_is_printed_leads_to_the_next(trained, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    checkpoint = shutil.copy(trained, folder / "it's.pt")
-    monkeypatch.chdir(folder)
-    words = [str(checkpoint), "--image-size", "12", "--device", "cpu"]
-    for added in (["--random-init"], ["--features", "pixels"], ["--protocol", "layers"]):
-        probe.main(words)
-        program, words = said_next(capsys)
-        assert program == str(ROOT / "probe.py")
-        assert words == [str(checkpoint), *added, "--image-size", "12", "--device", "cpu"]
-    probe.main(words)
-    program, words = said_next(capsys)
-    assert program == str(ROOT / "visualize.py")
-    assert words == ["all", "--checkpoint", str(checkpoint)]
-
-
-def test_after_finetune_comes_from_scratch_with_the_same_flags(checkpoint, capsys):
-    same = ["--epochs", "1", "--lr", "0.01", "--seed", "2", "--device", "cpu"]
-    probe.main([str(checkpoint), "--protocol", "finetune", *same])
-    program, words = said_next(capsys)
-    assert words == [str(checkpoint), "--protocol", "finetune", "--from-scratch", *same]
-    probe.main(words)
-    program, words = said_next(capsys)
-    assert program == str(ROOT / "visualize.py")
-
-
-def copied(image_folder, place):
-    place.parent.mkdir()
-    return shutil.copytree(image_folder, place)
-
-
-def test_floors_are_those_of_the_same_images(checkpoint, image_folder, tmp_path, capsys):
-    one = copied(image_folder, tmp_path / "one" / "flowers")
-    two = copied(image_folder, tmp_path / "two" / "flowers")
-
-    def line(*flags):
-        probe.main([str(word) for word in (checkpoint, "--device", "cpu", *flags)])
+    def line(user, *flags):
+        monkeypatch.chdir(tmp_path / user)
+        probe.main(words(checkpoint, "--data-dir", "imgs", *flags))
         [found] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("linear:")]
         return found
 
-    assert line("--data-dir", one, "--random-init").count("%") == 1
-    assert line("--data-dir", two).count("%") == 1
-    assert line("--data-dir", one, "--image-size", 12).count("%") == 1
-    floors = run_probe(checkpoint, "--data-dir", one, "--features", "pixels")
-    capsys.readouterr()
-    found = line("--data-dir", one)
+    assert line("one", "--random-init").count("%") == 1
+    assert line("two").count("%") == 1
+    assert line("one", "--image-size", 12).count("%") == 1
+    floor = line("one", "--features", "pixels").removeprefix("linear: top-1 ")
+    found = line("one")
     assert found.count("%") == 3
     assert "from random weights" in found
-    assert f"from raw pixels {floors[0]['top1']:.2f} %" in found
+    assert f"from raw pixels {floor}" in found
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({**saved, "step": 5}, checkpoint)
+    assert line("one").count("%") == 1
+
+
+def test_where_classes_differ_in_size_the_commonest_is_a_floor(
+    checkpoint, image_folder, tmp_path, capsys
+):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    for number in range(6):
+        (images / "test" / "cat" / f"{number}.png").unlink()
+    lin, near = run_probe(checkpoint, "--data-dir", images)
+    assert lin["commonest"] == near["commonest"] == round(100 * 8 / 18, 2)
+    assert capsys.readouterr().out.count("commonest class 44.44 %") == 2
 
 
 def test_a_row_that_was_cut_off_harms_neither_those_before_nor_the_next(checkpoint, capsys):
@@ -734,7 +687,7 @@ def test_a_row_that_was_cut_off_harms_neither_those_before_nor_the_next(checkpoi
     whole = path.read_text()
     path.write_text(whole + whole[:50])
     capsys.readouterr()
-    probe.main([str(checkpoint), "--device", "cpu"])
+    probe.main(words(checkpoint))
     assert "from random weights" in capsys.readouterr().out
     lines = path.read_text().splitlines()
     assert lines[2] == whole[:50]
@@ -745,31 +698,14 @@ def test_a_row_that_was_cut_off_harms_neither_those_before_nor_the_next(checkpoi
 def test_other_images_lie_where_the_flags_say_or_where_training_would_look(
     checkpoint, image_folder
 ):
-    def config_of(*flags):
-        args = probe.read_arguments([str(word) for word in (checkpoint, *flags)])
-        _, config, _ = probe.prepare(args)
-        return config
+    def place(*flags):
+        return probe.prepare(words(checkpoint, *flags))[2].data_dir
 
-    assert config_of().data_dir == str(image_folder)
-    assert config_of("--dataset", "folder").data_dir == str(image_folder)
-    assert config_of("--dataset", "cifar10").data_dir == "data"
-    assert config_of("--dataset", "cifar10", "--data-dir", "x y").data_dir == "x y"
-    assert config_of("--dataset", "shapes").data_dir == ""
-    assert config_of("--data-dir", "~/x").data_dir == os.path.expanduser("~/x")
-
-
-def test_top5_counts_where_there_are_more_than_ten_classes():
-    # Every class scores best where it is right; 0 to 4 come next.
-    scores = torch.eye(12) + torch.linspace(0.5, 0, 12)
-    labels = torch.tensor([0, 1, 2, 3, 11, 3, 3, 3, 3, 3, 3, 3])
-    names = [f"c{i}" for i in range(12)]
-    data = probe.Labelled(None, None, None, labels, names)
-    result = probe.make_row("linear", data, scores, {})
-    assert result["top1"] == round(100 * 4 / 12, 2)
-    assert result["top5"] == round(100 * 11 / 12, 2)
-    assert result["per_class"] == {"c0": 100, "c1": 100, "c2": 100, "c3": 12.5, "c11": 0}
-    fewer = probe.Labelled(None, None, None, labels.clamp(max=9), names[:10])
-    assert "top5" not in probe.make_row("linear", fewer, scores[:, :10], {})
+    assert place() == place("--dataset", "folder") == str(image_folder)
+    assert place("--dataset", "cifar10") == "data"
+    assert place("--dataset", "cifar10", "--data-dir", "x y") == "x y"
+    assert place("--dataset", "shapes") == ""
+    assert place("--data-dir", "~/x") == os.path.expanduser("~/x")
 
 
 def test_a_smaller_checkpoint_in_half_precision_will_do(checkpoint):
@@ -780,7 +716,6 @@ def test_a_smaller_checkpoint_in_half_precision_will_do(checkpoint):
     _, half = run_probe(checkpoint)
     assert half["step"] is None
     assert abs(half["top1"] - whole["top1"]) < 13
-    assert half["sha256"] != whole["sha256"]
 
 
 def test_a_checkpoint_that_is_replaced_meanwhile_is_named_as_it_was_read(checkpoint, monkeypatch):
@@ -792,30 +727,73 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_named_as_it_was_read(checkpo
         return original(config, train)
 
     monkeypatch.setattr(randsac, "load_images", load_images)
-    rows = run_probe(checkpoint)
-    assert {row["sha256"] for row in rows} == {before}
+    assert {row["sha256"] for row in run_probe(checkpoint)} == {before}
 
 
-def test_help_teaches_every_protocol(capsys):
-    with pytest.raises(SystemExit) as end:
-        probe.main(["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    assert max(map(len, text.splitlines())) <= 100
-    for protocol, _ in PROTOCOLS:
-        assert f"\n  {protocol} " in text
-    for part in ("LayerNorm", "0.75", "RandAugment", "CutMix", "stochastic depth", "erasing"):
-        assert part in text
+# --- features for code of one's own
+
+
+def test_features_are_kept_with_whose_they_are(checkpoint, image_folder, tmp_path):
+    run_probe(checkpoint, "--save", tmp_path / "f.npz")
+    kept = np.load(tmp_path / "f.npz")
+    model, _ = randsac.load_model(checkpoint)
+    assert str(kept["sha256"]) == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    for split, count in (("train", 72), ("test", 24)):
+        names = kept[f"{split}_files"]
+        assert kept[split].shape == (count, 16)
+        assert kept[split].dtype == np.float32
+        assert len(set(names)) == count
+        images = [torch.tensor(randsac.decode_image(image_folder / name, 8)) for name in names]
+        with torch.no_grad():
+            features = model.encode(randsac.normalize(torch.stack(images), 8)).mean(1)
+        assert np.allclose(kept[split], features.numpy(), atol=1e-5)
+        classes = [name.split("/")[1] for name in names]
+        assert kept["classes"][kept[f"{split}_labels"]].tolist() == classes
+
+    # A classifier of one's own: least squares.
+    wanted = np.eye(len(kept["classes"]))[kept["train_labels"]]
+    weight = np.linalg.lstsq(kept["train"], wanted, rcond=None)[0]
+    assert ((kept["test"] @ weight).argmax(1) == kept["test_labels"]).mean() > 0.9
+
+
+def test_images_without_names_have_numbers(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(randsac, "load_images", lambda *_, **__: randsac.draw_shapes(30, 8, seed=0))
+    run_probe(checkpoint, "--dataset", "shapes", "--save", tmp_path / "f.npz")
+    kept = np.load(tmp_path / "f.npz")
+    assert kept["train_files"].tolist() == kept["test_files"].tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("gone", ["test", "*/[bc]*"])
+def test_without_labels_features_are_kept_and_no_number_is_given(
+    checkpoint, image_folder, tmp_path, monkeypatch, capsys, gone
+):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    for folder in images.glob(gone):
+        shutil.rmtree(folder)
+    flags = ("--data-dir", images)
+    said = refused(monkeypatch, capsys, checkpoint, *flags)
+    assert (
+        f"visualize.py neighbours --checkpoint {checkpoint} --dataset folder --data-dir {images}"
+        in said
+    )
+    file = tmp_path / "f.npz"
+    probe.main(words(checkpoint, *flags, "--save", file))
+    assert "neighbours" in capsys.readouterr().out
+    kept = np.load(file)
+    assert kept["train"].shape == (len(kept["train_files"]), 16)
+    assert kept["test"].shape == (len(kept["test_labels"]), 16)
+    assert not (tmp_path / "probes.jsonl").exists()
 
 
 # --- what it refuses
 
 
 def refused(monkeypatch, capsys, *arguments):
-    """The command ends with code 2 and one line on stderr -> that line."""
+    """The command ends with code 2 and one line on stderr, before anything is computed -> it."""
     monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(probe, "outputs", None)
         randsac.run_command(probe.main)
     said = capsys.readouterr().err
     # Progress bars are no lines of it.
@@ -856,105 +834,74 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(
     else:  # one channel in place of three
         saved["model"]["embed.weight"] = saved["model"]["embed.weight"][:, :4]
         torch.save(saved, checkpoint)
-    assert "checkpoint.pt is not a whole checkpoint" in refused(monkeypatch, capsys, checkpoint)
+    assert "checkpoint.pt" in refused(monkeypatch, capsys, checkpoint)
     assert not (tmp_path / "trapped").exists()
 
 
-def test_of_a_directory_it_says_which_file_to_name(checkpoint, monkeypatch, capsys):
-    said = refused(monkeypatch, capsys, checkpoint.parent)
-    assert f"name {checkpoint}" in said
-
-
-def without_test_images(root):
-    shutil.rmtree(root / "test")
-    return root
-
-
-def with_one_class(root):
-    for name in ("bee", "cat"):
-        shutil.rmtree(root / "train" / name)
-        shutil.rmtree(root / "test" / name)
-    return root
-
-
-def which_is_not_there(root):
-    return root / "gone"
-
-
 @pytest.mark.parametrize(
-    "change, words",
+    "flags, part",
     [
-        (without_test_images, "no test images"),
-        (with_one_class, "one class"),
-        (which_is_not_there, "gone"),
-    ],
-)
-def test_images_that_cannot_be_probed_with_are_refused(
-    checkpoint, image_folder, tmp_path, monkeypatch, capsys, change, words
-):
-    images = change(shutil.copytree(image_folder, tmp_path / "images"))
-    assert words in refused(monkeypatch, capsys, checkpoint, "--data-dir", images)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--epochs 3", "leave them out"),
-        ("--lr 1", "leave them out"),
-        ("--protocol layers --batch-size 4", "leave them out"),
-        ("--protocol finetune --features pixels", "no encoder"),
-        ("--protocol layers --features pixels", "no encoder"),
-        ("--features pixels --random-init", "no encoder"),
-        ("--from-scratch", "--random-init"),
-        ("--protocol linear-sgd --from-scratch", "--random-init"),
-        ("--protocol finetune --random-init", "--from-scratch"),
+        ("--epochs 3", "--epochs"),
+        ("--protocol layers --batch-size 4", "--batch-size"),
+        ("--protocol finetune --features pixels", "--features"),
+        ("--features pixels --random-init", "--features"),
         ("--protocol knn", "knn"),
         ("--proto layers", "--proto"),
         ("--dataset mnist", "mnist"),
         ("--dataset shapes --data-dir x", "--data-dir"),
+        ("--data-dir gone", "gone"),
         ("--image-size 9", "--patch-size"),
-        ("--image-size 0", "--image-size"),
         ("--protocol finetune --epochs 0", "--epochs"),
         ("--protocol linear-sgd --lr -1", "--lr"),
         ("--seed -1", "--seed"),
         ("--device tpu", "--device"),
-        ("--protocol linear-sgd --batch-size 0", "--batch-size"),
-        ("--protocol linear-sgd --batch-size 1", "2 or more"),
+        ("--protocol linear-sgd --batch-size 1", "--batch-size"),
+        ("--protocol layers --save f.npz", "--save"),
+        ("--random-init --save f.npz", "--save"),
+        ("--features pixels --save f.npz", "--save"),
+        ("--save checkpoint.pt", "checkpoint.pt"),
+        ("--save .", "--save"),
+        ("--save gone/f.npz", "gone"),
     ],
 )
-def test_flags_that_cannot_act_are_refused(checkpoint, monkeypatch, capsys, flags, words):
-    assert words in refused(monkeypatch, capsys, checkpoint, *flags.split())
+def test_flags_that_cannot_act_are_refused(checkpoint, monkeypatch, capsys, flags, part):
+    monkeypatch.chdir(checkpoint.parent)
+    before = checkpoint.read_bytes()
+    assert part in refused(monkeypatch, capsys, "checkpoint.pt", *flags.split())
+    assert checkpoint.read_bytes() == before
     assert not (checkpoint.parent / "probes.jsonl").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(checkpoint):
     with pytest.raises(randsac.UserError, match="lower --lr"):
-        all_scores("finetune", checkpoint, "--epochs", 3, "--lr", 1e9)
+        all_scores(checkpoint, "--protocol", "finetune", "--epochs", 4, "--lr", 1e9)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_where_it_cannot_write_it_says_so_at_once(checkpoint, monkeypatch, capsys, there):
-    path = checkpoint.parent / "probes.jsonl"
-    place = path if there else path.parent
-    if there:
-        path.touch()
+@pytest.mark.parametrize("name", ["probes.jsonl", "", "elsewhere"])
+def test_where_it_cannot_write_it_says_so_at_once(checkpoint, tmp_path, monkeypatch, capsys, name):
+    place = tmp_path / name
+    flags = ()
+    if name == "probes.jsonl":
+        place.touch()
+    elif name == "elsewhere":
+        place.mkdir()
+        flags = ("--save", place / "f.npz")
     # As of another user: this one may be root, who may write anywhere.
     monkeypatch.setattr(os, "access", lambda asked, mode: asked != place)
-    assert f"{place} cannot be written to" in refused(monkeypatch, capsys, checkpoint)
+    assert str(place) in refused(monkeypatch, capsys, checkpoint, *flags)
 
 
 def test_as_a_process_of_its_own(trained, tmp_path):
     folder = tmp_path / "a run"
     folder.mkdir()
     shutil.copy(trained, folder / "checkpoint.pt")
-    home = {**os.environ, "HOME": str(tmp_path)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", home)
-        done = command("probe.py", "~/a run/checkpoint.pt", "--device", "cpu", cwd=folder)
+        patch.setattr(os, "environ", {**os.environ, "HOME": str(tmp_path)})
+        flags = ("--protocol", "finetune", "--epochs", 1, "--device", "cpu")
+        done = command("probe.py", "~/a run/checkpoint.pt", *flags, cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert "linear: top-1" in done.stdout
-        assert "knn: top-1" in done.stdout
-        assert len((folder / "probes.jsonl").read_text().splitlines()) == 2
+        assert "finetune: top-1" in done.stdout
+        assert len((folder / "probes.jsonl").read_text().splitlines()) == 1
 
 
 # --- one's own use
