@@ -390,14 +390,14 @@ def draw_order(photo, ranks, predicted=None, most=64):
         page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
         frames.append(page.reduce(2))
 
-    # One palette for all makes a far smaller file: ranks, words, lines, and what the last shows.
-    colours = [*blend(torch.linspace(0, 1, 64)), *blend(torch.linspace(0, 1, 8), (INK, WHITE))]
-    colours += blend([0, 1], (RED, GREY))
-    fixed = torch.stack(colours).flatten().tolist()
-    palette = Image.new("P", (1, 1))
+    # One palette for all frames makes a far smaller file: it has the colours of words and lines, and
+    # those of the last frame, where all of the photo and all ranks are seen.
+    words_and_lines = [*blend(torch.linspace(0, 1, 8), (INK, WHITE)), *blend([0, 1], (RED, GREY))]
+    fixed = torch.stack(words_and_lines).flatten().tolist()
+    shown = frames[-1].quantize(256 - 10).getpalette()
     # Pillow compares in steps of 4: below 249, no other colour is nearer to white than white.
-    seen = [min(248, value) for value in frames[-1].quantize(256 - len(colours)).getpalette()]
-    palette.putpalette(fixed + seen)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(fixed + [min(248, value) for value in shown])
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -490,8 +490,8 @@ def draw_predictions(model, images, ranks, labels):
             outline(image, grid == step, RED, 4)
         rows.append(row)
     rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600)])
-    note = """The outlined tokens are predicted from the true pixels that are shown with them; what
-        is grey is not known yet. In the picture of the error, grey is what was given."""
+    note = """The outlined tokens are predicted from the true pixels shown. What is grey is not known
+        yet, or in the picture of the error: given."""
     if model.config.target == "normalized":
         note += " Each patch has its true mean and contrast, which the model does not predict."
     return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
@@ -597,13 +597,13 @@ def draw_loss_by_rank(model, config, images, ranks):
     series = [Series(steps, losses, BLUE, "bars")]
     ends = [0.6, len(steps) + 0.4]
     series.append(Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"))
-    note = f"""The mean over {len(images)} images, each in an order of its own. With the
-        rank grows what is given, and the loss falls."""
+    note = f"""The mean over {len(images)} images, each in an order of its own. The more is
+        given, the lower is the loss."""
 
     # Partitions of squares begin at the same ranks in all images.
     if config.segments == "square" and len(config.hierarchy) > 1:
-        note += """ It jumps at each grey line, where a new partition begins: of the first segment
-            there, few neighbours or none are known yet."""
+        note += """ It jumps where a new partition begins (grey lines): there, few neighbours of a
+            segment are known yet, or none."""
         each = config.hierarchy[0] // config.hierarchy[1]
         for step in range(each, len(steps) + 1, each):
             series.append(Series([step - 0.5, step - 0.5], [0, zero], DIM, "line"))
@@ -645,10 +645,10 @@ def draw_neighbours(model, images, labels, others, names, among):
         large = enlarge(image.movedim(0, -1), 2 * width + GAP)
         words = "nearest by features, and below by raw pixels"
         rows.append([(labels[i][:28], large), (words, tile(tiles, NEAREST))])
-    note = f"""The {NEAREST} nearest of {among}: above by the cosine between the model's features,
-        below by that between raw pixels."""
+    note = f"""The {NEAREST} nearest of {among}, by the cosine between the model's features and, below,
+        between raw pixels."""
     if labelled:
-        note += " A green frame: the class of the image on the left, which the model never saw."
+        note += " A green frame marks the same class. The model saw no labels."
     return sheet("What the features find alike (Section 5.1)", note, rows)
 
 
