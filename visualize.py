@@ -379,15 +379,15 @@ def draw_order(photo, ranks, predicted=None, most=64):
         predicted = pil_to_tensor(in_numbers).movedim(0, -1)
     frames = []
     for step in some_steps(last + 1, most):
-        given = enlarge(reveal(photo, grid < step), column(2))
+        known = enlarge(reveal(photo, grid < step), column(2))
         right = enlarge(reveal(predicted, grid <= step), column(2))
-        outline(given, (grid + 1) * (grid >= step), "#E8E8E8")
-        for image in (given, right):
+        outline(known, (grid + 1) * (grid >= step), "#E8E8E8")
+        for image in (known, right):
             outline(image, grid == step, RED, 6)
-        note = f"Step {step} of {last}: the outlined tokens are predicted from all that is given."
+        note = f"Step {step} of {last}: the outlined tokens are predicted from all that is known."
         if step > last:
             note = f"After step {last} all tokens are predicted."
-        page = sheet("Segment by segment (Figure 1)", note, [[("given", given), (words, right)]])
+        page = sheet("Segment by segment (Figure 1)", note, [[("known", known), (words, right)]])
         frames.append(page.reduce(2))
 
     # One palette for all frames makes a far smaller file: it has the colours of words and lines, and
@@ -559,7 +559,7 @@ def draw_attention(model, image, ranks, token=None):
         ("encoder in pre-training, masked", masked[:L], source),
         ("encoder in probing, not masked", free, torch.ones_like(source)),
         ("decoder, self-attention: what else is asked for", masked[L::2], target),
-        ("decoder, cross-attention: what is given", masked[L + 1 :: 2], memory),
+        ("decoder, cross-attention: what is known", masked[L + 1 :: 2], memory),
     ]
     if ranks[token] == 0:  # the decoder is never asked for it
         kinds = kinds[:2]
@@ -598,7 +598,7 @@ def draw_loss_by_rank(model, config, images, ranks):
     ends = [0.6, len(steps) + 0.4]
     series.append(Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"))
     note = f"""The mean over {len(images)} images, each in an order of its own. The more is
-        given, the lower is the loss."""
+        known, the lower is the loss."""
 
     # Partitions of squares begin at the same ranks in all images.
     if config.segments == "square" and len(config.hierarchy) > 1:
@@ -792,7 +792,7 @@ CAPTIONS = {
     "hierarchy": "A hierarchical order finishes a partition before it begins the next.",
     "order": "One image, predicted segment by segment.",
     "masks": "The three attention masks are three comparisons of ranks.",
-    "predictions": "What the model predicts from the segments that it is given.",
+    "predictions": "What the model predicts from the segments that are known.",
     "neighbours": "What the model's features find alike, and what raw pixels do.",
     "loss-by-rank": "The more is known around a token, the better it is predicted.",
     "attention": "Where a token looks, in every head of every layer.",
@@ -926,7 +926,7 @@ def draw(name, model, config, images, labels, ranks, runs, flags):
         asked = photos(images[:count]).movedim(-1, 1)
         return draw_neighbours(model, asked, labels, *choose_others(config))
     if name == "loss-by-rank":
-        return draw_loss_by_rank(model, config, images, ranks[: len(images)])
+        return draw_loss_by_rank(model, config, images, ranks)
     if name == "attention":
         return draw_attention(model, images[0], ranks[0], flags.get("token"))
     if name == "skips":
@@ -972,9 +972,10 @@ def main(arguments):
     # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
     images = None
     labels = None
+    ranks = sample_ranks(config, SHOWN, generator=seeded("cpu", config.seed))
     if not SHOW_IMAGES.isdisjoint(names):
         images, labels = choose_images(flags, config, model)
-    ranks = sample_ranks(config, SHOWN, generator=seeded("cpu", config.seed))
+        ranks = ranks[: len(images)]
 
     # With "all", what cannot be drawn is left out.
     out = flags.get("out", Path("figures"))

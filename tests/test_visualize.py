@@ -720,6 +720,13 @@ def test_pictures_without_an_image_need_none(run, tmp_path, name):
         draw(name, "segments", "--checkpoint", moved / "checkpoint.pt", "--out", tmp_path)
 
 
+def test_few_images_are_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where CIFAR-10 is not: four images are beside the checkpoint
+    checkpoint = ROOT / "assets" / "nano-cifar10" / "checkpoint.pt"
+    draw("predictions", "attention", "loss-by-rank", "--checkpoint", checkpoint, "--out", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_an_image_another_strategy_and_a_token_can_be_chosen(run, image_folder, tmp_path):
     picture = next((image_folder / "test").rglob("*.png"))
     flags = ["--image", picture, "--segments", "blob", "--hierarchy", 5, "--token", 3]
