@@ -806,10 +806,7 @@ ENDINGS = {"order": "gif", "explore": "html"}
 SHOWN = 512  # images at most: the first few for pictures, all for loss-by-rank
 NEAREST = 6  # neighbours shown
 SEARCHED = 5_000  # training images that neighbours are looked for among, at most
-INDEX = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>RandSAC</title>
-<style>body { max-width: 50em; margin: auto; font-family: sans-serif } img { width: 100% }</style>
-"""
+INDEX = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>RandSAC</title>\n'
 
 
 def read_arguments(arguments):
@@ -834,8 +831,7 @@ def read_config(flags):
     given = {name: flags[name] for name in (*ORDER_FLAGS, "dataset", "data_dir") if name in flags}
     if "checkpoint" not in flags:
         return None, Config(**given)
-    fixed = {"image_size", "patch_size"} & flags.keys()
-    check(not fixed, "--image-size and --patch-size are the checkpoint's: leave them out")
+    check("image_size" not in flags, "--image-size is the checkpoint's: leave it out")
     model, trained = randsac.load_model(flags["checkpoint"])
     return model, randsac.with_flags(trained, given)
 
@@ -993,7 +989,9 @@ def main(arguments):
         if name == "explore":
             index += f'<p><a href="{path.name}">{CAPTIONS[name]}</a></p>\n'
         else:
-            index += f'<img src="{path.name}" alt="{name}"><p>{CAPTIONS[name]}</p>\n'
+            index += (
+                f'<p><img src="{path.name}" width="800" alt="{name}"><br>{CAPTIONS[name]}</p>\n'
+            )
 
     if everything:
         save(index, out / "index.html")
