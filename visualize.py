@@ -244,11 +244,12 @@ def chart(width, height, series, x_label, y_label, names=None):
     share = 0.8 / max(1, len(bars))
     for i, one in enumerate(bars):
         for x, y in zip(one.xs, one.ys):
-            start, end_y = place(x - 0.4 + share * i, y)
+            start, height_y = place(x - 0.4 + share * i, y)
             end = start + share * x_unit - 2
-            pen.rectangle([start, end_y, end, foot], one.colour)
-            if end - start > 50:  # wide enough for three digits and a point
-                write(image, ((start + end) / 2, end_y - 6), f"{y:#.3g}", 22, INK, "mb")
+            pen.rectangle([start, height_y, end, foot], one.colour)
+            number = f"{y:#.3g}"
+            if font(22).getlength(number) < end - start + 4:
+                write(image, ((start + end) / 2, height_y - 6), number, 22, INK, "mb")
 
     # Lines and dots lie over bars. A line of one point is a dot.
     for one in series:
