@@ -675,7 +675,7 @@ def test_where_classes_differ_in_size_the_commonest_is_a_floor(
 ):
     images = shutil.copytree(image_folder, tmp_path / "images")
     for number in range(6):
-        (images / "test" / "cat" / f"{number}.png").unlink()
+        (images / "test" / "ant" / f"{number}.png").unlink()
     lin, near = run_probe(checkpoint, "--data-dir", images)
     assert lin["commonest"] == near["commonest"] == round(100 * 8 / 18, 2)
     assert capsys.readouterr().out.count("commonest class 44.44 %") == 2
