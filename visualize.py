@@ -244,12 +244,12 @@ def chart(width, height, series, x_label, y_label, names=None):
     share = 0.8 / max(1, len(bars))
     for i, one in enumerate(bars):
         for x, y in zip(one.xs, one.ys):
-            start, height_y = place(x - 0.4 + share * i, y)
+            start, bar_top = place(x - 0.4 + share * i, y)
             end = start + share * x_unit - 2
-            pen.rectangle([start, height_y, end, foot], one.colour)
+            pen.rectangle([start, bar_top, end, foot], one.colour)
             number = f"{y:#.3g}"
             if font(22).getlength(number) < end - start + 4:
-                write(image, ((start + end) / 2, height_y - 6), number, 22, INK, "mb")
+                write(image, ((start + end) / 2, bar_top - 6), number, 22, INK, "mb")
 
     # Lines and dots lie over bars. A line of one point is a dot.
     for one in series:
@@ -646,8 +646,8 @@ def draw_neighbours(model, images, labels, others, names, among):
         large = enlarge(image.movedim(0, -1), 2 * width + GAP)
         words = "nearest by features, and below by raw pixels"
         rows.append([(labels[i][:28], large), (words, tile(tiles, NEAREST))])
-    note = f"""The {NEAREST} nearest of {among}, by the cosine between the model's features and, below,
-        between raw pixels."""
+    note = f"""The {NEAREST} nearest of {among}, by the cosine between the model's features
+        and, below, between raw pixels."""
     if labelled:
         note += " A green frame marks the same class. The model saw no labels."
     return sheet("What the features find alike (Section 5.1)", note, rows)
