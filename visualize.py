@@ -391,8 +391,8 @@ def draw_order(photo, ranks, predicted=None, most=64):
         page = sheet("Segment by segment (Figure 1)", note, [[("known", known), (words, right)]])
         frames.append(page.reduce(2))
 
-    # One palette for all frames makes a far smaller file: it has the colours of words and lines, and
-    # those of the last frame, where all of the photo and all ranks are seen.
+    # One palette for all frames makes a far smaller file: it has the colours of words and lines,
+    # and those of the last frame, where all of the photo and all ranks are seen.
     words_and_lines = [*blend(torch.linspace(0, 1, 8), (INK, WHITE)), *blend([0, 1], (RED, GREY))]
     fixed = torch.stack(words_and_lines).flatten().tolist()
     shown = frames[-1].quantize(256 - 10).getpalette()
@@ -491,8 +491,8 @@ def draw_predictions(model, images, ranks, labels):
             outline(image, grid == step, RED, 4)
         rows.append(row)
     rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600)])
-    note = """The outlined tokens are predicted from the true pixels shown. What is grey is not known
-        yet, or in the picture of the error: given."""
+    note = """The outlined tokens are predicted from the true pixels shown. What is grey is not
+        known yet, or in the picture of the error: given."""
     if model.config.target == "normalized":
         note += " Each patch has its true mean and contrast, which the model does not predict."
     return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
