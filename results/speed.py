@@ -10,13 +10,17 @@ as long as the step itself, the device waits, and a larger batch costs little mo
 
 import argparse
 import json
+import platform
+import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from evidence import flops, machine
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import randsac
 
 # Model, image size, patch size, batch sizes. Where memory is short, a row says so.
@@ -35,6 +39,18 @@ COMPILED = ("small", 32, 4, (512,))
 def wait(device):
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def flops(config):
+    """-> floating-point operations of a training step for one image, forward and backward, counted:
+    matrix products only, on the path that training takes."""
+    model = randsac.RandSAC(config)
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
+    ranks = randsac.sample_ranks(config, 1)
+    # A fused attention would count as nothing.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        randsac.batch_loss(model, images, ranks, config).backward()
+    return counter.get_total_flops()
 
 
 def peak_rate(device, dtype):
@@ -96,7 +112,10 @@ def main(arguments):
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
 
     peak = peak_rate(device, getattr(torch, precision))
-    rows = [{**machine(), "precision": precision, "peak_tflops": round(peak / 1e12, 3)}]
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else platform.machine()
+    where = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    rows = [{**where, "precision": precision, "peak_tflops": round(peak / 1e12, 3)}]
     print(json.dumps(rows[0]), flush=True)
     settings = [(*setting, False) for setting in (GPU if device.type == "cuda" else CPU)]
     if device.type == "cuda":
