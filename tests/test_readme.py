@@ -93,7 +93,7 @@ def test_a_command_has_only_flags_of_its_program(page, flags):
 
 
 def test_functions_are_there():
-    steps = re.findall(r"Read (.*?)\. Look", README, re.DOTALL)
+    steps = re.findall(r"Read (.*?)\.\s+Look", README, re.DOTALL)
     names = re.findall(r"`([A-Za-z_.]+)`", "".join(steps))
     assert len(names) > 15
     for name in {*names} - {"linear"}:  # a function of probe.py
