@@ -521,11 +521,12 @@ DATASETS = {
 }
 # What --segments fills in: the hierarchies of Tables 5 and 7.
 HIERARCHIES = {"patch": (), "square": (16, 4), "blob": (11, 5), "scatter": (9,), "mae": ()}
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISION = "of products; on CPUs with avx512_bf16 or amx_bf16, bfloat16 is faster than float32"
 
 
-def flag(default, help, choices=()):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+def flag(default, help, **how):
+    """A field of Config, with what argparse is told of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
 def flag_name(field_name):
@@ -537,22 +538,22 @@ class Config:
     """All settings of a run, each a flag of the command line. Building one fills in what was left
     out (None) and raises UserError, a ValueError, where a setting is wrong."""
 
-    dataset: str = flag("shapes", "what to train on", DATASETS)
+    dataset: str = flag("shapes", "what to train on", choices=[*DATASETS])
     data_dir: str = flag(None, "where images are or go: folder takes train/CLASS/ and test/CLASS/")
     image_size: int = flag(32, "side of an image in pixels")
     patch_size: int = flag(4, "side P of a patch (token) in pixels; 1: as iGPT")
-    segments: str = flag("square", "how tokens form segments (Section 3.2)", HIERARCHIES)
-    hierarchy: tuple = flag(None, "how many segments, partitions, ... (Section 3.3), as 16 4")
-    order: str = flag("random", "new each time, or row by row", ("random", "raster"))
+    segments: str = flag("square", "how tokens form segments (Section 3.2)", choices=[*HIERARCHIES])
+    hierarchy: tuple = flag(None, "segments, partitions, ... (Section 3.3), as 16 4", nargs="+")
+    order: str = flag("random", "new each time, or row by row", choices=["random", "raster"])
     last_rank: int = flag(0, "predict all later segments with this one; 0: none (the paper)")
-    model: str = flag(None, "size of the model: fills in the flags from dim to lr", MODELS)
+    model: str = flag(None, "size: fills in the flags from dim to lr", choices=[*MODELS])
     dim: int = flag(None, "width of encoder and decoder")
     depth: int = flag(None, "encoder layers")
     heads: int = flag(None, "attention heads")
     decoder_depth: int = flag(None, "decoder layers")
     lr: float = flag(None, "peak learning rate for each 256 images of the batch")
     skip: bool = flag(True, "trainable skip connections (Section 4.2; Tables 1 to 6: none)")
-    target: str = flag(None, "what is predicted (Section 5)", ("normalized", "pixels"))
+    target: str = flag(None, "what is predicted (Section 5)", choices=["normalized", "pixels"])
     crop_scale: float = flag(0.3, "smallest share of the image that a random crop keeps, about")
     epochs: int = flag(None, "passes over the training images (Table 7: 1600)")
     max_steps: int = flag(0, "stop after this many steps; 0: after the last epoch")
@@ -560,11 +561,11 @@ class Config:
     weight_decay: float = flag(0.05, "weight decay of matrices")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
     seed: int = flag(0, "seed of everything random")
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    precision: str = flag("auto", "bfloat16 pays on CPUs with avx512_bf16 or amx_bf16", PRECISIONS)
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    precision: str = flag("auto", PRECISION, choices=["auto", "float32", "bfloat16", "float16"])
     compile: bool = flag(False, "compile the model: a slow start, then faster steps")
     out: str = flag("", "directory of the run (default: a fresh one in runs/)")
-    init: str = flag("", "checkpoint whose weights and settings to start from, but those given")
+    init: str = flag("", "checkpoint to start from: its weights, and its settings but those given")
     save_every: int = flag(0, "save every so many steps, besides every epoch")
 
     def __post_init__(self):
@@ -586,10 +587,10 @@ class Config:
         for field in dataclasses.fields(self):
             name = flag_name(field.name)
             value = getattr(self, field.name)
-            choices = field.metadata["choices"]
+            choices = field.metadata.get("choices", [value])
             kinds = (int, float) if field.type is float else (field.type,)
             check(type(value) in kinds, f"{name} is {value!r} but must be {field.type.__name__}")
-            check(not choices or value in choices, f"{name} {value} is not one of {choices}")
+            check(value in choices, f"{name} {value} is not one of {choices}")
             if int in kinds:
                 low = 0 if field.type is float or field.default == 0 else 1
                 check(low <= value <= 1e9, f"{name} is {value} but must be from {low} to 1e9")
@@ -617,16 +618,16 @@ class Config:
             check(self.order == "random", "--order: mae has only a random one; leave it out")
         if HIERARCHIES[self.segments]:
             falls = all(a > b for a, b in itertools.pairwise([self.tokens + 1, *counts, 1]))
-            message = "must be whole numbers that descend from at most"
-            check(counts and falls, f"--hierarchy {counts} {message} {self.tokens} tokens, above 1")
+            wanted = f"must fall from at most {self.tokens} tokens and stay above 1, as 16 4"
+            check(counts and falls, f"--hierarchy {counts} {wanted}")
         else:
             check(not counts, f"--segments {self.segments} takes no --hierarchy: leave it out")
         if self.segments == "square":
-            squares = [root**2 for root in range(2, self.grid + 1) if self.grid % root == 0]
+            squares = {root**2 for root in range(2, self.grid + 1) if self.grid % root == 0}
             nested = all(a % b == 0 for a, b in itertools.pairwise(counts))
-            fits = nested and set(counts) <= set(squares)
-            message = f"--hierarchy {counts} cuts no squares within squares: choose of {squares}"
-            check(fits, f"{message}, each dividing the one before")
+            wanted = f"choose of {sorted(squares)}, each dividing the one before"
+            fits = nested and squares.issuperset(counts)
+            check(fits, f"--hierarchy {counts} cuts no squares within squares: {wanted}")
         acts = self.last_rank < max(segments - 1, 1)
         check(acts, f"--last-rank {self.last_rank} changes nothing in {segments} segments")
 
@@ -644,12 +645,10 @@ class Config:
 def with_flags(trained, given):
     """A trained model's Config with the flags given, a dict, in its place. What hangs on them goes
     with them; UserError where they contradict the model itself."""
-    settings = dataclasses.asdict(trained)
+    settings = dataclasses.asdict(trained) | {"out": "", "init": "", "device": "auto"}
     for name in ("patch_size", "model", "dim", "depth", "heads", "decoder_depth", "skip"):
-        value = settings[name]
-        fits = given.get(name, value) == value
-        check(fits, f"the trained model has {flag_name(name)} {value}: leave this flag out")
-    settings |= {"out": "", "init": "", "device": "auto"}
+        words = f"the trained model has {flag_name(name)} {settings[name]}: leave this flag out"
+        check(given.get(name, settings[name]) == settings[name], words)
     if given.get("segments", trained.segments) != trained.segments:
         settings |= {"hierarchy": None, "order": "random", "last_rank": 0}
     if given.get("dataset", trained.dataset) != trained.dataset:
@@ -666,27 +665,21 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description, leave_out=()):
     """A parser with a flag for each field of Config. What is not given is not in its result."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         if field.name in leave_out:
             continue
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif field.type is tuple:
-            kind = {"type": int, "nargs": "+", "metavar": "K"}
-        elif field.metadata["choices"]:
-            kind = {"choices": field.metadata["choices"]}
-        else:
-            kind = {"type": field.type, "metavar": "X"}
-        help = field.metadata["help"]
+        how = {**field.metadata, "default": argparse.SUPPRESS}
         if field.default not in (None, "", True, False):
-            help += f" (default: {field.default})"
-        parser.add_argument(flag_name(field.name), help=help, **kind)
+            how["help"] += f" (default: {field.default})"
+        if field.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = int if field.type is tuple else field.type
+        if "choices" not in how and field.type is not bool:
+            how["metavar"] = "X"
+        parser.add_argument(flag_name(field.name), **how)
     return parser
 
 
@@ -799,52 +792,35 @@ def draw_part(labels, size, generator):
     return (image.clamp(0, 1) * 255).round().byte()
 
 
-def is_hidden(name):
-    """Whether a file or folder is a system's and not the user's."""
-    made = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
-    return name.startswith(".") or name in made
-
-
-def find_images(folder, left_out):
-    """-> paths of the images in a folder and in folders below it. What else is there is added to
-    left_out. Links to folders are not followed: they may lead in circles."""
-    found = []
-    for entry in os.scandir(folder):
-        named = entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
-        if is_hidden(entry.name):
-            left_out.append(entry)
-        elif entry.is_dir(follow_symlinks=False):
-            found += find_images(entry, left_out)
-        elif named and not entry.is_dir():
-            found.append(Path(entry))
+def list_split(split):
+    """-> (path, class) of the images in split/CLASS/ and below, and the paths of all else."""
+    images = []
+    others = []
+    ours = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")  # a system's, like .git
+    for path in sorted([*split.glob("*"), *split.glob("*/**/*")]):
+        *folders, name = path.relative_to(split).parts
+        hidden = [part.startswith(".") or part in ours for part in (*folders, name)]
+        # Links to folders in a class are left out, too: they may lead in circles.
+        open_folder = path.is_dir() and not (folders and path.is_symlink()) and not hidden[-1]
+        named = name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+        if any(hidden[:-1]) or open_folder:
+            continue  # what is in it counts, or it has been left out as a whole
+        if folders and named and path.is_file() and not hidden[-1]:
+            images.append((path, folders[0]))
         else:
-            left_out.append(entry)
-    return found
-
-
-def list_split(split, left_out):
-    """-> (path, class) of the images in split/CLASS/ and below, sorted. What else is there is added
-    to left_out."""
-    found = []
-    for place in split.glob("*"):
-        if place.is_dir() and not is_hidden(place.name):
-            found += [(path, place.name) for path in find_images(place, left_out)]
-        else:
-            left_out.append(place)
-    return sorted(found)
+            others.append(path)
+    return images, others
 
 
 def list_folder(root):
     """-> names of the classes, (path, label) of the training images, of the held-out ones, and the
-    names of files and folders left out, a folder's with a / at its end. UserError where there is
-    nothing to train on, or where a held-out class is none of those trained on."""
+    paths left out. UserError where there is nothing to train on."""
     test = "test" if (root / "test").is_dir() else "val"
-    left_out = [path for path in root.glob("*") if path.name not in ("train", test)]
-    training = list_split(root / "train", left_out)
-    held_out = list_split(root / test, left_out)
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in left_out)
+    training, left_out = list_split(root / "train")
+    held_out, others = list_split(root / test)
+    left_out += others + [path for path in root.glob("*") if path.name not in ("train", test)]
     wanted = "wanted are train/CLASS/ and test/CLASS/ or val/CLASS/: check --data-dir"
-    check(training, f"{root} has no image in train/CLASS/, but {names[:9]}; {wanted}")
+    check(training, f"{root} has no image in train/CLASS/; {wanted}")
 
     classes = sorted({name for _, name in training})
     unknown = sorted({name for _, name in held_out}.difference(classes))
@@ -852,12 +828,12 @@ def list_folder(root):
     label = {name: i for i, name in enumerate(classes)}
     training = [(path, label[name]) for path, name in training]
     held_out = [(path, label[name]) for path, name in held_out]
-    return classes, training, held_out, names
+    return classes, training, held_out, left_out
 
 
 def images_key(config, files):
     """Tells whether images are the same, by the names and sizes of their files: never by times, nor
-    by decoded bytes, which differ between releases of Pillow."""
+    by decoded pixels, which differ between releases of Pillow."""
     known = [config.dataset, config.image_size]
     for file in files:
         known.append((file.relative_to(config.data_dir).as_posix(), file.stat().st_size))
@@ -867,11 +843,19 @@ def images_key(config, files):
 def load_folder(config, train):
     """-> as load_images. Decodes all images once; later runs map them from disk."""
     size = config.image_size
-    classes, training, held_out, _ = list_folder(Path(config.data_dir))
+    classes, training, held_out, left_out = list_folder(Path(config.data_dir))
+    if train:
+        folders = sum(path.is_dir() for path in left_out)
+        kinds = ", ".join(sorted({path.suffix or path.name for path in left_out})[:9]) or "none"
+        found = f"{len(training)} images of {len(classes)} classes, {len(held_out)} held out"
+        rest = f"{len(left_out) - folders} files and {folders} folders left out ({kinds})"
+        scaled = f"each is scaled to {size} x {size} pixels, which are {config.tokens} tokens"
+        print(f"{config.data_dir}: {found}, {rest}; {scaled}: --image-size {2 * size} keeps more")
     chosen = training if train else held_out
     labels = torch.tensor([label for _, label in chosen], dtype=torch.int64)
     if not chosen:
         return torch.empty(0, 3, size, size, dtype=torch.uint8), labels, classes
+
     files = [path for path, _ in chosen]
     cache = Path("runs/cache", f"{images_key(config, files)}.npy")
     if not cache.exists():
@@ -882,17 +866,13 @@ def load_folder(config, train):
     return images, labels, classes
 
 
-def decode_all(paths, size, cache):
+def decode_all(files, size, cache):
     """Decodes the images into a .npy file. UserError names all that cannot be used."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache.parent).free / 1e9
-    need = len(paths) * 3 * size**2 / 1e9
-    print(f"decoding {len(paths)} images, once, into {cache}: {need:.3f} GB")
-    mend = "make room, or let it be a link to a larger disk"
-    check(need < free, f"{cache.parent} has {free:.3f} GB left, too few: {mend}")
-    threads = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # on Linux: what a job may use of a large machine
-        threads = len(os.sched_getaffinity(0))
+    need = len(files) * 3 * size**2 / 1e9
+    print(f"decoding {len(files)} images, once, into {cache}: {need:.2f} GB")
+    check(need < free, f"only {free:.2f} GB are free there: link {cache.parent} to a larger disk")
     broken = []
 
     def decode(path):
@@ -902,13 +882,13 @@ def decode_all(paths, size, cache):
             broken.append(str(error))
             return b""
 
-    with ThreadPool(threads) as pool, write_whole(cache) as file, progress(len(paths)) as bar:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, size, size)}
+    # As many threads as the process may use; in parts, lest images pile up before a slow disk.
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)}
+    with ThreadPool(threads) as pool, write_whole(cache) as file, progress(len(files)) as bar:
         np.lib.format.write_array_header_1_0(file, header)
-        # In parts of some 30 MB, so that images do not pile up where the disk is slow.
-        part = 1 + 30_000_000 // (3 * size**2)
-        for start in range(0, len(paths), part):
-            for image in pool.imap(decode, paths[start : start + part]):
+        for start in range(0, len(files), 100):
+            for image in pool.map(decode, files[start : start + 100]):
                 file.write(image)
                 bar.update()
         names = "; ".join(sorted(broken)[:20])
@@ -1114,32 +1094,9 @@ def load_model(path):
     return model, config
 
 
-def counted(count, word, ending="s"):
-    return f"{count} {word}" if count == 1 else f"{count} {word}{ending}"
-
-
-def describe_images(config):
-    """Prints what was found and what becomes of it -> who the training images are."""
-    found = config.dataset
-    files = []
-    if config.dataset == "folder":
-        classes, training, held_out, left_out = list_folder(Path(config.data_dir))
-        files = [path for path, _ in training]
-        images = f"{counted(len(files), 'image')} of {counted(len(classes), 'class', 'es')}"
-        folders = sum(name.endswith("/") for name in left_out)
-        rest = f"{counted(len(left_out) - folders, 'file')} and {counted(folders, 'folder')}"
-        kinds = sorted({Path(name).suffix or name for name in left_out})
-        found = f"{config.data_dir}: {images}, {len(held_out)} held out, {rest} left out"
-        if kinds:
-            found += f" ({', '.join(kinds[:9])})"
-    side = f"{config.image_size} x {config.image_size} pixels"
-    more = "--image-size sets how much detail is kept"
-    print(f"{found}; each image is {side} here, which are {config.tokens} tokens: {more}")
-    return images_key(config, files)
-
-
-def load_training_images(config, process, world):
-    """-> training images, held-out images of every class, whether probe.py can use the labels."""
+def load_training_images(config, process=0, world=1):
+    """-> training images, held-out images of every class, who the training images are, and whether
+    probe.py can use their labels."""
     if process > 0:
         dist.barrier()  # the first process downloads and decodes, then the others find it done
     images, _, classes = load_images(config, train=True)
@@ -1147,10 +1104,16 @@ def load_training_images(config, process, world):
     if world > 1 and process == 0:
         dist.barrier()
     most = len(images) // world * world
-    message = f"{len(images)} images do not fill a --batch-size of {config.batch_size}"
-    check(config.batch_size <= most, f"{message}: the largest that they fill is {most}")
+    message = f"--batch-size {config.batch_size} is more than there are images: take {most} or less"
+    check(config.batch_size <= most, message)
+
+    files = []
+    if config.dataset == "folder":
+        _, training, _, _ = list_folder(Path(config.data_dir))
+        files = [path for path, _ in training]
+    can_probe = len(classes) > 1 and len(held_out) > 0
     stride = len(held_out) // HELD_OUT | 1  # 3 for shapes: 2 would leave out every second class
-    return images, held_out[::stride], len(classes) > 1 and len(held_out) > 0
+    return images, held_out[::stride], images_key(config, files), can_probe
 
 
 def build(config, saved, device):
@@ -1167,42 +1130,32 @@ def build(config, saved, device):
     return model, optimizer, scaler
 
 
-def begin_run(config, saved, device):
-    """Makes the run's directory, whose name config.out then has, with its settings and its log up
-    to here. Where there is a log already, only --resume goes on."""
+def begin_run(config, model, rows, device):
+    """Makes the run's directory, whose name config.out then has, as it is before its next step, and
+    says what is about to happen."""
     if not config.out:
         moment = time.strftime("%Y%m%d-%H%M%S")
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "metrics.jsonl", "w" if "rows" in saved else "x") as log:
-        log.writelines(json.dumps(row) + "\n" for row in saved.get("rows", []))
-    settings = dataclasses.asdict(config)
-    settings["precision"] = pick_precision(config.precision, device)
+    precision = pick_precision(config.precision, device)
+    settings = dataclasses.asdict(config) | {"precision": precision}
     (run / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-
-def describe_run(config, model, first, steps, per_epoch, device, world):
-    """Prints what is about to happen and, where that may take days, what ends within the hour."""
-    B = config.batch_size
-    passes = f"{counted(steps, 'step')} of {B} images ({steps / per_epoch:.3g} passes)"
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    size = f"{config.model}, {millions:.2f} million parameters"
-    where = f"{world} x {device.type} in {pick_precision(config.precision, device)}"
-    print(f"{config.out}: {passes}, {first} done; {size}; {where}")
-    if device.type == "cpu" and config.model != "nano":
-        words = ["--dataset", config.dataset, "--model", "nano", "--max-steps", 5000]
-        words += ["--batch-size", min(32, B)]
+    print(f"{run}: {config.model}, {millions:.2f} million parameters, {device.type}, {precision}")
+    if device.type == "cpu" and millions > 2:  # nano has 1.5
+        words = ["--model", "nano", "--max-steps", 5000, "--dataset", config.dataset]
         if config.data_dir:
             words += ["--data-dir", config.data_dir]
         command = command_line("randsac.py", *words)
-        print(f"without a GPU this may take days; this ends within the hour: {command}")
+        print(f"without a GPU this may take days; to end within the hour: {command}")
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """-> a list of the signals received, each to stop after the step. A second Ctrl-C ends the
-    program at once. Outside the main thread Python takes no handlers, and the list stays empty."""
+    """-> a list of the signals received, to stop after the step. A second Ctrl-C ends at once."""
     received = []
     before = {}  # the handlers that were there
 
@@ -1211,11 +1164,10 @@ def stop_signals():
         if number == signal.SIGINT:  # a person is impatient; Slurm sends SIGTERM twice
             signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        kind = getattr(signal, name, signal.SIGINT)  # Windows has not all of them
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         ignored = signal.getsignal(kind) == signal.SIG_IGN  # by nohup
         if threading.current_thread() is threading.main_thread() and not ignored:
-            before.setdefault(kind, signal.signal(kind, note))
+            before[kind] = signal.signal(kind, note)
     try:
         yield received
     finally:
@@ -1237,9 +1189,8 @@ def train(config, saved, device, process=0, world=1):
         torch.set_float32_matmul_precision("high")
         # With a mask cuDNN's attention can give gradients that are NaN (PyTorch's issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    key = describe_images(config)
+    images, held_out, key, can_probe = load_training_images(config, process, world)
     check(saved.get("images", key) == key, "these are not the images that the run began with")
-    images, held_out, can_probe = load_training_images(config, process, world)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
     model, optimizer, scaler = build(config, saved, device)
@@ -1262,9 +1213,9 @@ def train(config, saved, device, process=0, world=1):
 
     # The first process alone keeps log and checkpoint, from before the first step on.
     if process == 0:
-        begin_run(config, saved, device)
+        begin_run(config, model, rows, device)
         save(first)
-        describe_run(config, model, first, steps, per_epoch, device, world)
+        print(f"{steps / per_epoch:.3g} passes, {steps} steps of {B} images; {first} are done")
 
     losses = []
     bar = progress(steps * B, initial=first * B, disable=process > 0)
@@ -1279,34 +1230,32 @@ def train(config, saved, device, process=0, world=1):
 
             # Each process takes its share of the batch.
             index = order[step_of_epoch * B : (step_of_epoch + 1) * B][process::world]
-            batch = images[index].to(device)
-            parts = (wrapped, optimizer, scaler, batch)
-            loss = training_step(*parts, config, step, steps, process, world)
-            losses.append(loss)
+            parts = (wrapped, optimizer, scaler, images[index].to(device))
+            losses.append(training_step(*parts, config, step, steps, process, world))
             bar.update(B)
 
             # A row of the log now and then; a checkpoint too when an epoch ends or on demand.
             done = step + 1
-            signal_here = torch.tensor(max(signals, default=0))
-            stop = over_processes(signal_here, world, dist.ReduceOp.MAX)
-            epoch_ends = step_of_epoch + 1 == per_epoch or done == steps
+            here = torch.tensor(max(signals, default=0))
+            stop = over_processes(here, world, dist.ReduceOp.MAX)
+            epoch_ends = done % per_epoch == 0 or done == steps
             asked = config.save_every > 0 and done % config.save_every == 0
             saves = epoch_ends or asked or stop
             if not saves and done % LOG_EVERY != 0:
                 continue
-            loss_sum = over_processes(torch.stack(losses).mean(), world, dist.ReduceOp.SUM)
-            row = {"step": done, "epoch": epoch + 1, "loss": loss_sum / world}
+            loss = over_processes(torch.stack(losses).mean() / world, world, dist.ReduceOp.SUM)
             mend = f"begin another run with a lower --lr; {config.out}/checkpoint.pt is from before"
-            check(math.isfinite(row["loss"]), f"the loss is {row['loss']} at step {done}: {mend}")
-            rate = len(losses) * B / (time.perf_counter() - start)
-            row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
+            check(math.isfinite(loss), f"the loss is {loss} at step {done}: {mend}")
             if process == 0:
+                rate = len(losses) * B / (time.perf_counter() - start)
+                row = {"step": done, "epoch": epoch + 1, "loss": loss}
+                row |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 1)}
                 if epoch_ends and len(held_out) > 0:
                     row["held_out_loss"] = held_out_loss(model, held_out, config, device, world)
                 rows.append(row)
                 with open(Path(config.out, "metrics.jsonl"), "a") as log:
                     log.write(json.dumps(row) + "\n")
-                bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", refresh=False)
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.4f}", refresh=False)
                 if saves:
                     save(done)
             if stop:
@@ -1341,9 +1290,6 @@ def command_line(script, *arguments):
 def run_command(main):
     """Runs a command's main(arguments). This is the one place where an error that the user or the
     machine can mend becomes a line, and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # of a notebook
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a path's letters
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -1351,8 +1297,7 @@ def run_command(main):
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         words = " ".join(str(error).split())[:2000]
-        full = "out of memory" in words or "allocate memory" in words
-        if isinstance(error, MemoryError) or (full and not isinstance(error, UserError)):
+        if isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words:
             words = "out of memory: choose a smaller --batch-size, --image-size or --model"
         elif type(error) is RuntimeError:  # a fault of the program: its traceback says where
             raise
@@ -1360,56 +1305,46 @@ def run_command(main):
     sys.exit(2)
 
 
-def resume(run, given):
-    """-> Config of the run to go on with, and what its checkpoint holds. The flags given may repeat
-    the run's; where and how it computes may differ."""
-    path = Path(run, "checkpoint.pt")
-    saved, _, trained = load_checkpoint(path)
-    again = f"begin another run by {command_line('randsac.py', '--init', path)}"
-    check("optimizer" in saved, f"{run} holds only a model: {again}")
-    config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
-    others = []
-    for name in sorted(given.keys() - {"out", "device", "data_dir", "compile"}):
-        value = getattr(trained, name)
-        if getattr(config, name) != value:
-            others.append(f"{flag_name(name)} {value}")
-    check(not others, f"{run} was begun with {', '.join(others)}: leave that as it is, or {again}")
-    return config, saved
-
-
 def read_flags(given):
     """The flags given -> Config of the run, and what it begins with: all that the checkpoint of a
     run to go on with holds, or the weights that --init names, or nothing."""
-    for name, value in given.items():
-        check(value != "", f"{flag_name(name)} is empty: give it a name, or leave it out")
-    saved = {}
-    if "resume" in given:
-        check("out" not in given, "--resume names the run's directory: leave --out out")
-        given["out"] = os.path.expanduser(given.pop("resume"))
-        if Path(given["out"], "checkpoint.pt").exists():
-            return resume(given["out"], given)
-        saved["rows"] = []  # what lies there is a run that has not begun
-    elif "out" in given and user_path(given["out"]).is_dir():
-        again = command_line("randsac.py", "--resume", given["out"])
-        used = os.listdir(user_path(given["out"]))
-        check(not used, f"{given['out']} is in use: go on by {again}, or choose another --out")
+    check("" not in given.values(), "a flag is empty: give it a value, or leave it out")
+    run = given.pop("resume", None)
+    if run:
+        check("out" not in given, "--resume names the run's directory: leave out --out")
+        given["out"] = os.path.expanduser(run)
+    path = Path(given.get("out", ""), "checkpoint.pt")
+    if run and path.exists():
+        # Flags may repeat the run's. Where it computes, and where its images lie, may differ.
+        saved, _, trained = load_checkpoint(path)
+        again = f"begin another run by {command_line('randsac.py', '--init', path)}"
+        check("optimizer" in saved, f"{run} holds only a model: {again}")
+        config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
+        for name in given.keys() - {"out", "device", "data_dir", "compile"}:
+            value = getattr(trained, name)
+            words = (
+                f"{run} was begun with {flag_name(name)} {value}: leave that as it is, or {again}"
+            )
+            check(getattr(config, name) == value, words)
+        return config, saved
 
+    # A directory holds one run.
+    place = user_path(given.get("out", ""))
+    used = "out" in given and place.is_dir() and len(os.listdir(place)) > 0
+    again = command_line("randsac.py", "--resume", place)
+    check(run or not used, f"{place} is in use: go on by {again}, or choose another --out")
     if "init" not in given:
-        return Config(**given), saved
+        return Config(**given), {}
     start, _, trained = load_checkpoint(user_path(given["init"]))
-    saved["model"] = start["model"]
-    return with_flags(trained, given), saved
+    return with_flags(trained, given), {"model": start["model"]}
 
 
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
     if not dist.is_torchelastic_launched():
         for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-            count = os.environ.get(name, "1")
-            mend = f"use torchrun --nproc-per-node {count}, started once a machine"
-            check(
-                count in ("", "1"), f"{name} is {count}: as many would train side by side; {mend}"
-            )
+            alone = os.environ.get(name, "1") in ("", "1")
+            check(alone, f"{name} is set, but not by torchrun: unset it, or put torchrun before")
         return 0, 1
     process = int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
@@ -1427,7 +1362,7 @@ def join_processes(config, device):
 def main(arguments):
     parser = make_parser(__doc__)
     words = "go on with the run in this directory, or begin it there with the flags given"
-    parser.add_argument("--resume", metavar="RUN", help=words)
+    parser.add_argument("--resume", metavar="RUN", default=argparse.SUPPRESS, help=words)
     config, saved = read_flags(vars(parser.parse_args(arguments)))
     device = pick_device(config.device)
     process, world = join_processes(config, device)
