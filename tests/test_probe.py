@@ -1,5 +1,5 @@
-"""The evaluation protocols (Section 5.1): the solver's optimum, what a probe may see, the recipes, the
-rows that it adds, the features that it keeps, what it refuses."""
+"""The evaluation protocols (Section 5.1): the solver's optimum, what a probe may see, the recipes,
+the rows that it adds, the features that it keeps, what it refuses."""
 
 import functools
 import hashlib
@@ -78,8 +78,8 @@ def train(model, data, config, protocol):
 
 
 def narrow():
-    """Features x [600,12], standardized, and labels y of three classes, which differ everywhere. The
-    images' variance along directions goes from 4 to 1e-7, and is 0 along one."""
+    """Features x [600,12], standardized, and labels y of three classes, which differ everywhere.
+    The images' variance along directions goes from 4 to 1e-7, and is 0 along one."""
     rng = np.random.default_rng(1)
     y = rng.integers(0, 3, 600)
     axes, _ = np.linalg.qr(rng.normal(size=(12, 12)))
@@ -359,7 +359,7 @@ def test_layers_learn_at_shares_of_the_rate_and_higher_ones_are_left_out_at_time
 
 @pytest.fixture
 def strongly(monkeypatch):
-    """`strongly` without crops and without the named distortions: so that others can be seen alone."""
+    """`strongly` without crops and the named distortions: so that others can be seen alone."""
 
     def run(images, labels, step, without):
         for name in without:

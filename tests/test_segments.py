@@ -1,7 +1,6 @@
 """Section 3.2: grouping tokens into segments."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -46,27 +45,6 @@ def test_ranks_are_dense_reproducible_and_fresh(segments, hierarchy, order):
 
 def test_square_of_one_token_is_patch():
     assert torch.equal(draw("square", (64,)), draw("patch", ()))
-
-
-NESTED = [
-    ("square", (64, 16, 4)),
-    ("blob", (11, 5)),
-    ("blob", (30, 11, 5, 2)),
-    ("scatter", (11, 5)),
-]
-
-
-@pytest.mark.parametrize("segments, hierarchy", NESTED)
-def test_a_segment_lies_in_one_partition_and_that_in_one_of_the_next_level(segments, hierarchy):
-    config = micro(image_size=32, segments=segments, hierarchy=hierarchy)
-    levels = randsac.sample_levels(config, 50, generator=randsac.seeded("cpu", 0))
-    assert len(levels) == len(hierarchy)
-    for fine, coarse in pairwise(levels):
-        for b in range(50):
-            for segment in fine[b].unique():
-                assert len(coarse[b][fine[b] == segment].unique()) == 1
-    if segments == "square":
-        assert [len(level[0].unique()) for level in levels] == [64, 16, 4]
 
 
 def test_blobs_are_won_by_random_gaussians_and_coarser_ones_win_their_means():
