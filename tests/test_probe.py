@@ -4,6 +4,7 @@ the rows that it adds, the features that it keeps, what it refuses."""
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import runpy
@@ -61,8 +62,9 @@ def prepared(checkpoint, *flags):
     """What main prepares before it measures -> model, data, config, args."""
     args, _, config, model = probe.prepare(words(checkpoint, *flags))
     args.labelled = True
-    test = randsac.load_images(config, train=False)
-    return model, probe.Labelled(*randsac.load_images(config, train=True), *test[:2]), config, args
+    images, labels, names = randsac.load_images(config, train=True)
+    data = probe.Labelled(images, labels, names, *randsac.load_images(config, train=False)[:2])
+    return model, data, config, args
 
 
 # --- the solver
@@ -74,57 +76,63 @@ def narrow():
     rng = np.random.default_rng(1)
     y = rng.integers(0, 3, 600)
     axes, _ = np.linalg.qr(rng.normal(size=(12, 12)))
-    z = rng.normal(size=(600, 12)) + 0.7 * rng.normal(size=(3, 12))[y]
-    x = torch.from_numpy(z * np.append(np.logspace(0, -3.3, 11), 0) @ axes)
-    return (x - x.mean(0)) / x.std(0), torch.from_numpy(y)
+    means = 0.7 * rng.normal(size=(3, 12))
+    z = rng.normal(size=(600, 12)) + means[y]
+    deviations = np.append(np.logspace(0, -3.3, 11), 0)
+    x = torch.from_numpy(z * deviations @ axes)
+    x = (x - x.mean(0)) / x.std(0)
+    return x, torch.from_numpy(y)
 
 
 X, Y = narrow()
+X1 = F.pad(X, (0, 1), value=1)  # the last of a class's 13 weights is its bias
 
 
-def penalized(weight, bias, l2):
-    scores = X @ weight.double().T + bias.double().flatten()
-    return F.cross_entropy(scores, Y) + l2 / 2 * weight.double().square().sum()
+def penalized(w, l2):
+    """w [3,13] -> mean cross-entropy + l2/2 |weight|^2."""
+    return F.cross_entropy(X1 @ w.T, Y) + l2 / 2 * w[:, :12].square().sum()
 
 
 @functools.cache
 def newton(l2):
-    """The optimum for X and Y by damped Newton steps in float64 -> weight [3,12], bias [3]."""
-    x = F.pad(X, (0, 1), value=1)  # the last weight of a class is its bias
+    """-> w float64 [3,13], the optimum, by damped Newton steps."""
     penalty = l2 * (torch.arange(39) % 13 < 12)
     w = torch.zeros(3, 13).double()
     step = torch.ones(3, 13)
     while step.abs().max() > 1e-9:
-        p = (x @ w.T).softmax(1)  # [600,3]
-        gradient = ((p - F.one_hot(Y)).T @ x / 600).flatten() + penalty * w.flatten()
+        p = (X1 @ w.T).softmax(1)  # [600,3]
+        gradient = (p - F.one_hot(Y)).T @ X1 / 600  # [3,13]
+        gradient = gradient.flatten() + penalty * w.flatten()
         variance = torch.diag_embed(p) - p[:, :, None] * p[:, None]  # [600,3,3]
-        curvature = torch.einsum("nab,ni,nj->aibj", variance, x, x).reshape(39, 39) / 600
+        curvature = torch.einsum("nab,ni,nj->aibj", variance, X1, X1) / 600
+        curvature = curvature.reshape(39, 39) + penalty.diag()
         # The same number added to all biases changes nothing: of such steps the smallest.
-        inverse = torch.linalg.pinv(curvature + penalty.diag(), rtol=1e-13, hermitian=True)
+        inverse = torch.linalg.pinv(curvature, rtol=1e-13, hermitian=True)
         step = (inverse @ gradient).view(3, 13)
-        before = penalized(w[:, :12], w[:, 12], l2)
-        while penalized(*(w - step).split((12, 1), 1), l2) > before and step.abs().max() > 1e-9:
+        while penalized(w - step, l2) > penalized(w, l2) and step.abs().max() > 1e-9:
             step /= 2
         w = w - step
-    return w[:, :12], w[:, 12]
+    return w
 
 
 @pytest.mark.parametrize("dtype, slack", [(torch.float64, 1e-9), (torch.float32, 2e-6)])
 def test_the_solver_finds_the_optimum_that_newton_finds(dtype, slack):
     fits = probe.logistic_regression(X.to(dtype), Y, 3, probe.L2_GRID)
     for l2, (weight, bias) in zip(probe.L2_GRID, fits, strict=True):
-        W, b = newton(l2)
-        assert abs(penalized(weight, bias, l2) - penalized(W, b, l2)) < slack, l2
-        same = (X @ weight.double().T + bias).argmax(1) == (X @ W.T + b).argmax(1)
+        w = torch.cat([weight, bias[:, None]], 1).double()
+        best = newton(l2)
+        assert abs(penalized(w, l2) - penalized(best, l2)) < slack, l2
+        same = (X1 @ w.T).argmax(1) == (X1 @ best.T).argmax(1)
         assert same.float().mean() > 0.99
 
 
 def test_lin_is_the_optimum_on_standardized_features_of_all_training_images():
     # As they might come: of other means and deviations, and one that is alike for all.
-    train = F.pad((X * 10 ** torch.linspace(0, 2, 12) + 5).float(), (0, 1), value=0.3)
+    train = X * 10 ** torch.linspace(0, 2, 12) + 5
+    train = F.pad(train.float(), (0, 1), value=0.3)
     scores, chosen = probe.linear(train, Y, train[:100], 3, seed=0)
-    weight, bias = newton(chosen["l2"])
-    expected = (X[:100] @ weight.T + bias).float()
+    best = newton(chosen["l2"]).float()
+    expected = X1[:100].float() @ best.T
     assert torch.allclose(scores.softmax(1), expected.softmax(1), atol=1e-3)
     assert (scores.argmax(1) == expected.argmax(1)).all()
 
@@ -142,7 +150,8 @@ def test_the_strength_of_l2_is_the_best_on_held_out_training_images():
         assert list(tried) == probe.L2_GRID
         assert low < chosen["l2"] < high, chosen
         assert tried[chosen["l2"]] == max(tried.values())
-        assert all(tried[l2] < max(tried.values()) for l2 in tried if l2 > chosen["l2"])
+        stronger = [tried[l2] for l2 in tried if l2 > chosen["l2"]]
+        assert all(top1 < max(tried.values()) for top1 in stronger)
 
     # Nothing can be learned here but by heart, and that only of images that are fitted.
     labels = torch.randint(0, 2, (150,), generator=generator)
@@ -157,11 +166,11 @@ def test_neighbours_vote_as_a_loop_says():
     y = torch.randint(0, 3, (60,), generator=generator)
     scores, used = probe.knn(train, y, test.repeat(80, 1), 3)  # more than one part
     for i in range(len(test)):
-        similar = [torch.dot(test[i], row) / test[i].norm() / row.norm() for row in train]
+        similar = [torch.cosine_similarity(test[i], row, 0).item() for row in train]
         votes = [0.0] * 3
         for j in sorted(range(60), key=similar.__getitem__, reverse=True)[:20]:
-            votes[y[j]] += np.exp(similar[j].item() / 0.07)
-        assert torch.allclose(scores[i::7], torch.tensor(votes, dtype=torch.float), rtol=1e-3)
+            votes[y[j]] += math.exp(similar[j] / 0.07)
+        assert torch.allclose(scores[i::7], torch.tensor(votes), rtol=1e-3)
     assert used == {"k": 20, "temperature": 0.07}
     _, used = probe.knn(train[:4], y[:4], test, 3)
     assert used["k"] == 4  # fewer images than neighbours
@@ -364,7 +373,8 @@ def strongly(monkeypatch):
 
 def test_mixup_and_cutmix_take_turns_and_labels_say_what_is_seen(strongly):
     labels = torch.tensor([0, 1] * 8)
-    images = (255 * labels)[:, None, None, None].expand(-1, 3, 16, 16).to(torch.uint8)
+    images = torch.zeros(16, 3, 16, 16, dtype=torch.uint8)
+    images[labels == 1] = 255
     cut = set()
     mixed = set()
     for step in range(60):
@@ -443,8 +453,10 @@ def test_a_command_adds_rows(checkpoint, image_folder, capsys, flags, protocols,
 
 
 def test_a_row_counts_hits_of_all_and_of_each_class_and_the_commonest_class():
-    data = probe.Labelled(None, None, ["ant", "bee", "cat"], None, torch.tensor([0, 0, 0, 2, 2]))
-    row = probe.make_row("knn", data, torch.eye(3)[[0, 0, 2, 0, 1]], {})
+    labels = torch.tensor([0, 0, 0, 2, 2])
+    data = probe.Labelled(None, None, ["ant", "bee", "cat"], None, labels)
+    scores = torch.eye(3)[[0, 0, 2, 0, 1]]
+    row = probe.make_row("knn", data, scores, {})
     expected = {"top1": 40, "commonest": 60, "per_class": {"ant": 66.67, "cat": 0}}
     assert row == {"protocol": "knn", "settings": {}, **expected}
 
