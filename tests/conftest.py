@@ -20,11 +20,9 @@ sys.path.insert(0, str(ROOT))
 import randsac
 
 # A server that has imported torch, from which other processes are forked: an import takes seconds.
-# Windows has none. There the tests of an exercise, which need no process, still run.
 os.environ["PYTHONPATH"] = str(ROOT)
-forks = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
-if os.name == "posix":
-    forks.set_forkserver_preload(["randsac"])
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["randsac"])
 
 MARKERS = {
     "long": "takes minutes; run with -m long",
@@ -56,6 +54,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=meaning))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory):
+    """Runs and decoded images lie in the current directory: not in the project's, while testing."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(ROOT)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
@@ -68,22 +74,17 @@ def micro(**settings):
 
 
 def random_hierarchy(rng, segments, grid):
+    if segments in ("patch", "mae"):
+        return ()
+    possible = range(2, grid**2 + 1)
     if segments == "square":
-        # Squares in a row, each a whole number of the next: 8, 4, 2 and the like.
-        sides = [grid]
-        while len(sides) < 4:
-            smaller = [side for side in range(2, sides[-1]) if sides[-1] % side == 0]
-            if not smaller:
-                break
-            sides.append(int(rng.choice(smaller)))
-        first = int(rng.integers(len(sides)))
-        return tuple(side**2 for side in sides[first:])
-    if segments in ("blob", "scatter"):
-        possible = np.arange(2, grid**2 + 1)
-        levels = min(int(rng.integers(1, 4)), len(possible))
-        counts = rng.choice(possible, levels, replace=False)
-        return tuple(sorted(map(int, counts), reverse=True))
-    return ()
+        possible = [root**2 for root in range(2, grid + 1) if grid % root == 0]
+    levels = min(int(rng.integers(1, 4)), len(possible))
+    counts = []
+    for count in sorted(rng.choice(possible, levels, replace=False).tolist(), reverse=True):
+        if segments != "square" or not counts or counts[-1] % count == 0:  # squares in squares
+            counts.append(count)
+    return tuple(counts)
 
 
 def random_config(rng, **settings):
