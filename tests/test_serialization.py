@@ -45,12 +45,10 @@ def test_partitions_and_segments_inside_them_are_uniform_and_independent():
 
     # 575 degrees of freedom: above 710 once in 10,000 times.
     outer = orders(partition)
-    for p in (0, 3):
-        inner = orders(ranks[:, p])
-        joint = Counter(24 * i + o for i, o in zip(inner, outer))
+    inner = [orders(ranks[:, p]) for p in range(4)]
+    for some, others in [(inner[0], outer), (inner[3], outer), (inner[1], inner[2])]:
+        joint = Counter(24 * i + o for i, o in zip(some, others))
         assert chi_square(joint, 576) < 720
-    joint = Counter(24 * i + o for i, o in zip(orders(ranks[:, 1]), orders(ranks[:, 2])))
-    assert chi_square(joint, 576) < 720
 
 
 def slow_raster(levels):
@@ -58,8 +56,10 @@ def slow_raster(levels):
     fine."""
     ranks = []
     for b in range(len(levels[0])):
-        rows = [level[b].tolist() for level in levels]
-        keys = [tuple(row.index(row[n]) for row in reversed(rows)) for n in range(len(rows[0]))]
+        rows = [level[b].tolist() for level in reversed(levels)]
+        keys = []
+        for ids in zip(*rows):  # of each token, from coarse to fine
+            keys.append(tuple(row.index(k) for row, k in zip(rows, ids)))
         visited = sorted(set(keys))
         ranks.append([visited.index(key) for key in keys])
     return torch.tensor(ranks)
@@ -100,11 +100,11 @@ def test_every_partition_is_finished_before_the_next_begins(segments, hierarchy,
 
     # And a finest segment is one rank.
     for ids, row in zip(levels[0], ranks):
-        segments_there = ids.unique()
-        assert all(len(row[ids == k].unique()) == 1 for k in segments_there)
-        assert len(segments_there) == row.max() + 1
+        parts = [row[ids == k] for k in ids.unique()]
+        assert all(len(part.unique()) == 1 for part in parts)
+        assert len(parts) == row.max() + 1
 
 
 def test_dense_keeps_order_and_ties():
-    values = torch.tensor([[5, 5, -2, 9], [0, 0, 0, 0], [3, 2, 1, 0]])
-    assert randsac.dense(values).tolist() == [[1, 1, 0, 2], [0, 0, 0, 0], [3, 2, 1, 0]]
+    values = torch.tensor([[5, 5, -2, 9], [3, 2, 1, 0]])
+    assert randsac.dense(values).tolist() == [[1, 1, 0, 2], [3, 2, 1, 0]]
