@@ -404,6 +404,7 @@ def test_one_image_in_four_is_erased_in_part_by_noise(strongly):
     assert 40 <= len(erased) <= 80, "of 240"
     assert min(erased) < 0.1
     assert 0.2 < max(erased) < 0.4
+    assert len(set(erased)) > 20
 
 
 def test_each_eight_images_are_distorted_in_a_way_of_their_own(strongly):
