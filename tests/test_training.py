@@ -82,13 +82,9 @@ def test_what_is_wrong_is_refused_by_its_flag_and_leaves_nothing(given, tmp_path
     monkeypatch.chdir(tmp_path)
     words = shlex.split(given)
     flag = [word for word in words if word.startswith("--")][-1]
-    assert names(flag, refusal(run_here, *words))
+    said = refusal(run_here, *words)
+    assert names(flag, said) or (words[-1] == "" and "empty" in said)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("wrong", [{"skip": 1}, {"image_size": True}, {"hierarchy": 16}])
-def test_python_too_is_told_of_a_wrong_type(wrong):
-    assert names(randsac.flag_name(*wrong), refusal(randsac.Config, **wrong))
 
 
 def test_flags_given_take_the_place_of_a_trained_models():
@@ -355,24 +351,9 @@ def test_held_out_images_are_of_every_class(n, sort, monkeypatch):
         return random_batch(4) if train else images, labels, list("abcdefghij")
 
     monkeypatch.setattr(randsac, "load_images", load)
-    _, chosen, _ = randsac.load_training_images(micro(batch_size=4), 0, 1)
+    chosen = randsac.load_training_images(micro(batch_size=4))[1]
     assert chosen[:, 0, 0, 0].unique().tolist() == list(range(min(n, 10)))
     assert min(n, randsac.HELD_OUT / 2) <= len(chosen) < 2 * randsac.HELD_OUT
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    for error in (OSError, RuntimeError, KeyboardInterrupt):  # torch's word for a full disk too
-        reported = (randsac.UserError, KeyboardInterrupt)
-        with pytest.raises(reported), randsac.write_whole(path) as file:
-            file.write(b"half")
-            raise error
-        assert contents(tmp_path) == {"file": b"before"}
-    with randsac.write_whole(path) as file:
-        file.write(b"after")
-        assert path.read_bytes() == b"before"
-    assert contents(tmp_path) == {"file": b"after"}
 
 
 # --- going on: --resume
@@ -431,23 +412,10 @@ def copied(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
 
 
-def test_flags_may_repeat_a_runs_but_not_differ(finished, image_folder, tmp_path):
-    out = copied(finished, tmp_path)
-    assert run_here(*flags_of(image_folder, epochs=1), "--resume", out) == 0
-    assert run_here("--resume", out, "--no-compile", "--device", "cpu") == 0
-    before = contents(out)
-    others = {"order": "raster", "lr": 1, "crop_scale": 0.9, "epochs": 2, "seed": 1, "dim": 32}
-    for name, value in others.items():
-        flag = randsac.flag_name(name)
-        assert names(flag, refusal(run_here, "--resume", out, flag, value))
-    assert names("--out", refusal(run_here, "--resume", out, "--out", out))
-    assert contents(out) == before
-
-
 def test_a_run_and_its_images_may_move_but_not_be_others(finished, image_folder, tmp_path):
     out = copied(finished, tmp_path).rename(tmp_path / "moved run")
     data = shutil.copytree(image_folder, tmp_path / "moved")
-    assert run_here("--resume", out, "--data-dir", data) == 0
+    assert run_here("--resume", out, "--data-dir", data, "--device", "cpu", "--no-compile") == 0
     _, _, config = randsac.load_checkpoint(out / "checkpoint.pt")
     assert (config.out, config.data_dir) == (str(out), str(data))
 
@@ -456,31 +424,6 @@ def test_a_run_and_its_images_may_move_but_not_be_others(finished, image_folder,
     assert "images" in refusal(run_here, "--resume", out)
     (data / "train/ant/other.png").unlink()
     assert "images" in refusal(run_here, "--resume", out)
-    assert contents(out) == before
-
-
-def test_one_command_begins_a_run_and_goes_on_with_it(image_folder, tmp_path, monkeypatch):
-    """As a scheduler repeats it: also where it was killed before its first checkpoint."""
-    run_here(*flags_of(image_folder, out=tmp_path / "whole"))
-    run = tmp_path / "run"
-    words = flags_of(image_folder, resume=run)
-    run.mkdir()
-    (run / "metrics.jsonl").write_text("half a row")
-    with monkeypatch.context() as patched:
-        interrupt_each_step(patched)
-        assert run_here(*words) == 128 + signal.SIGTERM
-    assert run_here(*words) == 0
-    assert same_weights(run, tmp_path / "whole")
-
-
-@pytest.mark.parametrize("missing", [None, "metrics.jsonl", "checkpoint.pt"])
-def test_a_run_is_never_overwritten(finished, image_folder, tmp_path, missing):
-    out = copied(finished, tmp_path)
-    if missing:
-        (out / missing).unlink()
-    before = contents(out)
-    said = refusal(run_here, *flags_of(image_folder, out=out))
-    assert names("--resume", said) and names("--out", said)
     assert contents(out) == before
 
 
@@ -493,33 +436,21 @@ def test_a_resumed_run_writes_its_log_anew(finished, tmp_path, bad):
     assert rows(out) == rows(finished)
 
 
-# --- going on: --init
-
-
-def test_init_takes_weights_and_settings_with_a_schedule_of_its_own(
-    finished, tmp_path, monkeypatch
-):
+def test_init_begins_with_the_weights_alone(finished, tmp_path, monkeypatch):
+    """With a schedule and an optimizer of its own; it resumes without what it began with."""
     start = shutil.copy(finished / "checkpoint.pt", tmp_path / "start.pt")
-    _, trained, old = randsac.load_checkpoint(start)
-    flags = ["--init", start, "--epochs", 2, "--crop-scale", 0.5, "--device", "cpu"]
-    assert names("--dim", refusal(run_here, *flags, "--dim", 32))
-    assert run_here(*flags, "--out", tmp_path / "whole") == 0
+    _, trained, config = randsac.load_checkpoint(start)
+    flags = ["--init", start, "--epochs", 2, "--device", "cpu", "--out"]
+    assert run_here(*flags, tmp_path / "whole") == 0
     with monkeypatch.context() as patched:
         interrupt_each_step(patched)
-        assert run_here(*flags, "--out", tmp_path / "parts") == 128 + signal.SIGTERM
+        assert run_here(*flags, tmp_path / "parts") == 128 + signal.SIGTERM
 
     # Adam's first step, without a memory of the run before, moves no weight by more than the rate.
     [row] = rows(tmp_path / "parts")
-    assert row["lr"] == randsac.learning_rate(0, 6, old)
+    assert row["lr"] == randsac.learning_rate(0, 6, config)
     for name, weight in trained.state_dict().items():
         assert (weights(tmp_path / "parts")[name] - weight).abs().max() < 1.1 * row["lr"]
-
-    # All is as it was there but what was given, and what a run calls its own.
-    _, _, config = randsac.load_checkpoint(tmp_path / "whole/checkpoint.pt")
-    own = {"epochs": 2, "crop_scale": 0.5, "init": str(start), "out": str(tmp_path / "whole")}
-    assert config == dataclasses.replace(old, **own)
-
-    # It resumes without the checkpoint that it began with.
     (tmp_path / "start.pt").unlink()
     assert run_here("--resume", tmp_path / "parts") == 0
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -615,21 +546,16 @@ def test_torchrun_starts_it(tmp_path, image_folder):
     assert [row["step"] for row in rows(tmp_path / "run")] == [2]
 
 
-ENVIRONMENTS = [
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE"),
-    ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),  # srun, without torchrun
-    ({"RANK": "0", "WORLD_SIZE": "5", "TORCHELASTIC_RUN_ID": "x"}, "--batch-size"),
-    ({"RANK": "x", "LOCAL_RANK": "1", "WORLD_SIZE": ""}, None),
-    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # a batch script itself
-]
+LEFT = [({"WORLD_SIZE": "2"}, "WORLD_SIZE"), ({"RANK": "x", "WORLD_SIZE": ""}, None)]
+LEFT += [({"RANK": "0", "WORLD_SIZE": "5", "TORCHELASTIC_RUN_ID": "x"}, "--batch-size")]
 
 
-@pytest.mark.parametrize("left, word", ENVIRONMENTS)
-def test_what_a_cluster_left_in_the_environment(left, word, image_folder, tmp_path, monkeypatch):
-    """Either one process trains, or one line says what is set."""
-    flags = flags_of(image_folder, out=tmp_path / "run", max_steps=1)
+@pytest.mark.parametrize("left, word", LEFT)
+def test_what_the_environment_says(left, word, image_folder, tmp_path, monkeypatch):
+    """One process trains, or one line says what does not fit."""
     for name, value in left.items():
         monkeypatch.setenv(name, value)
+    flags = flags_of(image_folder, out=tmp_path / "run", max_steps=1)
     if word:
         assert names(word, refusal(run_here, *flags))
         assert not (tmp_path / "run").exists()
