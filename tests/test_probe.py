@@ -199,11 +199,15 @@ def test_raw_pixels_are_the_image_itself_at_most_32_wide(checkpoint, tmp_path, s
     model, data, config, args = prepared(checkpoint, "--features", "pixels")
     args.labelled = False
     args.save = tmp_path / "f.npz"
+    config.dataset = "shapes"  # whose images have no names
     config.image_size = size
     images = torch.randint(0, 256, (72, 3, size, size), dtype=torch.uint8)
     probe.measure_frozen(model, data._replace(images=images), config, args, CPU, "")
+    kept = np.load(args.save)
     expected = randsac.normalize(images, min(size, 32)).flatten(1)
-    assert torch.equal(torch.from_numpy(np.load(args.save)["train"]), expected)
+    assert torch.equal(torch.from_numpy(kept["train"]), expected)
+    assert kept["train_files"].tolist() == list(range(72))
+    assert kept["test_files"].tolist() == list(range(24))
 
 
 def test_the_encoder_is_the_checkpoints_or_a_random_one(checkpoint):
@@ -536,31 +540,19 @@ def test_features_are_kept_with_whose_they_are(checkpoint, image_folder, tmp_pat
     _, data, config, _ = prepared(checkpoint)
     data = data._replace(labels=data.labels.flip(0))
     with pytest.raises(randsac.UserError, match="try again"):
-        probe.save_features(
-            tmp_path / "f.npz", torch.ones(72, 1), torch.ones(24, 1), data, config, ""
-        )
-
-
-def test_images_without_names_have_numbers(checkpoint, tmp_path):
-    _, data, config, _ = prepared(checkpoint)
-    config.dataset = "shapes"
-    features = torch.ones(30, 1)
-    probe.save_features(tmp_path / "f.npz", features, features[:9], data, config, "")
-    kept = np.load(tmp_path / "f.npz")
-    assert kept["train_files"].tolist() == list(range(30))
-    assert kept["test_files"].tolist() == list(range(9))
+        probe.save_features(tmp_path / "f.npz", *torch.ones(2, 72, 16), data, config, "")
 
 
 @pytest.mark.parametrize("gone", ["test", "*/[bc]*"])
 def test_without_labels_features_are_kept_and_no_number_is_given(
-    checkpoint, image_folder, tmp_path, monkeypatch, capsys, gone
+    checkpoint, image_folder, tmp_path, capsys, gone
 ):
     images = shutil.copytree(image_folder, tmp_path / "images")
     for folder in images.glob(gone):
         shutil.rmtree(folder)
     flags = ("--data-dir", images)
     line = f"neighbours --checkpoint {checkpoint} --dataset folder --data-dir {images}"
-    assert line in refused(monkeypatch, capsys, checkpoint, *flags)
+    assert line in refused(capsys, checkpoint, *flags)
     probe.main(words(checkpoint, *flags, "--save", tmp_path / "f.npz"))
     assert line in capsys.readouterr().out
     kept = np.load(tmp_path / "f.npz")
@@ -572,20 +564,18 @@ def test_without_labels_features_are_kept_and_no_number_is_given(
 # --- what it refuses
 
 
-def refused(monkeypatch, capsys, *arguments):
+def refused(capsys, *arguments):
     """The command ends with code 2 and one line on stderr, before features are computed -> it."""
-    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
     capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(probe, "outputs", None)
+        patch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
         randsac.run_command(probe.main)
     said = capsys.readouterr().err
-    # Progress bars are no lines of it.
-    lines = [line for line in said.splitlines() if line and "%|" not in line]
+    [line] = [line for line in said.splitlines() if line and "%|" not in line]  # but for bars
     assert end.value.code == 2, said
-    assert len(lines) == 1, said
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    assert line.startswith("error: ")
+    return line
 
 
 REFUSED = [  # flags, what the line names
@@ -613,7 +603,7 @@ def test_a_flag_that_cannot_act_is_one_line_that_names_it(
 ):
     monkeypatch.chdir(checkpoint.parent)
     before = checkpoint.read_bytes()
-    assert part in refused(monkeypatch, capsys, "checkpoint.pt", *flags.split())
+    assert part in refused(capsys, "checkpoint.pt", *flags.split())
     assert checkpoint.read_bytes() == before
     assert not (checkpoint.parent / "probes.jsonl").exists()
 
@@ -626,7 +616,7 @@ def test_where_it_cannot_write_it_says_so_at_once(checkpoint, monkeypatch, capsy
         Path(name).touch()
     # As of another user: this one may be root, who may write anywhere.
     monkeypatch.setattr(os, "access", lambda asked, mode: asked != Path(name))
-    said = refused(monkeypatch, capsys, "checkpoint.pt", *flags.split())
+    said = refused(capsys, "checkpoint.pt", *flags.split())
     assert f"{name} cannot be written" in said
 
 
