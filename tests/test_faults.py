@@ -7,16 +7,16 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import io
+import itertools
 import json
 import math
 import os
 import pickle
-import re
 import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -82,57 +82,49 @@ def lost_nothing(out, undisturbed):
 
 def one_line(code, text, *words):
     """It ended with code 2, and with one line that has these words."""
-    lines = [line for line in text.strip().splitlines() if line.startswith("error: ")]
-    assert code == 2 and "Traceback" not in text and len(lines) == 1, (code, text)
-    assert text.strip().splitlines()[-1] == lines[0], text
-    assert all(str(word) in lines[0] for word in words), lines[0]
+    assert code == 2 and "Traceback" not in text and text.count("error: ") == 1, (code, text)
+    line = text.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(str(word) in line for word in words), line
 
 
 @pytest.fixture
 def go(capsys, monkeypatch):
     """go(*arguments) runs the command in this process -> exit code, all that it has said."""
 
-    def run_command(*arguments, main=None):
+    def run_command(*arguments, main=randsac.main):
         monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            randsac.run_command(randsac.main if main is None else main)
-        out, err = capsys.readouterr()
-        return ended.value.code, out + err
+        try:
+            randsac.run_command(main)
+        except SystemExit as ended:
+            return ended.code, "".join(capsys.readouterr())
 
     return run_command
 
 
+def send(*numbers):
+    """-> a function that sends these signals to this process."""
+    return lambda: [os.kill(os.getpid(), number) for number in numbers]
+
+
 def at_call(number, function, act):
     """`function`, but in its call of this number `act()` comes first."""
-    calls = 0
+    calls = itertools.count(1)
 
     def call(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == number:
+        if next(calls) == number:
             act()
         return function(*args, **kwargs)
 
     return call
 
 
-def send(*numbers):
-    """-> a function that sends these signals to this process."""
-
-    def act():
-        for number in numbers:
-            os.kill(os.getpid(), number)
-
-    return act
-
-
 @pytest.fixture
-def in_step(monkeypatch):
-    """in_step(number, act): in training's step of this number `act()` comes first."""
+def at(monkeypatch):
+    """at(step, act): in this step of a training (1: the first) `act()` comes first."""
 
     def patch(number, act):
-        step = randsac.training_step
-        monkeypatch.setattr(randsac, "training_step", at_call(number, step, act))
+        step = at_call(number, randsac.training_step, act)
+        monkeypatch.setattr(randsac, "training_step", step)
 
     return patch
 
@@ -142,16 +134,13 @@ def in_step(monkeypatch):
 
 def kill_while_writing(number):
     save = torch.save
-    calls = 0
+    calls = itertools.count(1)
 
     def half(content, file):
-        nonlocal calls
-        calls += 1
         save(content, file)
-        if calls == number:
-            file.flush()
-            os.truncate(file.name, file.tell() // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if next(calls) == number:
+            file.truncate(file.tell() // 2)
+            send(signal.SIGKILL)()
 
     torch.save = half
 
@@ -160,20 +149,10 @@ def kill_before_rename(number):
     os.replace = at_call(number, os.replace, send(signal.SIGKILL))
 
 
-def impatient(*numbers):
-    """These signals come in the first step, which itself takes a minute."""
-
-    def act():
-        send(*numbers)()
-        time.sleep(60)
-
-    randsac.training_step = at_call(1, randsac.training_step, act)
-
-
-def slow_steps(seconds):
-    for number in range(1, 41):
-        step = randsac.training_step
-        randsac.training_step = at_call(number, step, lambda: time.sleep(seconds))
+def a_minute_in_a_step(*numbers):
+    """In the first step, after these signals."""
+    act = at_call(1, time.sleep, send(*numbers))
+    randsac.training_step = at_call(1, randsac.training_step, lambda: act(60))
 
 
 def ascii_terminal():
@@ -205,17 +184,6 @@ def read_only(place):
     ]
     if any(done) or os.access(place, os.W_OK):
         os._exit(77)
-
-
-def one_of_two(process, port):
-    """As torchrun, itself started by srun, tells the processes that it starts. In the fifth step
-    the second alone gets a signal."""
-    told = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    told |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    told |= {"SLURM_STEP_NUM_TASKS": 2}
-    os.environ.update({name: str(value) for name, value in told.items()})
-    if process == 1:
-        randsac.training_step = at_call(5, randsac.training_step, send(signal.SIGTERM))
 
 
 def child(arguments, log, fault, values):
@@ -296,19 +264,14 @@ def test_kill_9_at_random_moments(flags, tmp_path, undisturbed, kills):
     assert kills == 1 or len(set(left)) > 3  # all over the run
 
 
-@pytest.mark.parametrize(
-    "fault, at",
-    [
-        (kill_while_writing, 1),
-        (kill_while_writing, 3),
-        (kill_before_rename, 1),  # decoded images
-        (kill_before_rename, 3),  # the first checkpoint
-        (kill_before_rename, 5),
-    ],
-)
-def test_killed_inside_a_write(flags, tmp_path, undisturbed, fault, at):
+KILLS = [(kill_while_writing, 1), (kill_while_writing, 3)]
+KILLS += [(kill_before_rename, number) for number in (1, 3, 5)]  # 1: images, 3: first checkpoint
+
+
+@pytest.mark.parametrize("fault, number", KILLS)
+def test_killed_inside_a_write(flags, tmp_path, undisturbed, fault, number):
     again = ["--resume", tmp_path / "run", *flags]
-    assert run(again, tmp_path / "log", fault, at)[0] == -signal.SIGKILL
+    assert run(again, tmp_path / "log", fault, number)[0] == -signal.SIGKILL
     assert run_here(*again) == 0
     lost_nothing(tmp_path / "run", undisturbed)
 
@@ -318,11 +281,11 @@ def test_killed_inside_a_write(flags, tmp_path, undisturbed, fault, at):
 
 @pytest.mark.parametrize("number", [1, 2, 10, 15])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    flags, tmp_path, undisturbed, number, in_step, go
+    flags, tmp_path, undisturbed, number, at, go
 ):
     """SIGHUP of a closed terminal, Ctrl-C, SIGUSR1 and SIGTERM of a scheduler."""
     out = tmp_path / "run"
-    in_step(5, send(number))
+    at(5, send(number))
     code, text = go(*flags, "--out", out)
     assert code == 128 + number and f"--resume {out}" in text, text
     assert saved_step(out) == rows(out)[-1]["step"] == 5
@@ -330,25 +293,25 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     lost_nothing(out, undisturbed)
 
 
-def test_a_scheduler_that_signals_more_than_once_is_no_impatience(flags, tmp_path, in_step):
+def test_a_scheduler_that_signals_more_than_once_is_no_impatience(flags, tmp_path, at):
     """Slurm, under srun at the time limit: SIGTERM, SIGCONT and 6 ms later SIGTERM again."""
-    in_step(5, send(15, 18, 15, 10, 10, 1, 1, 15))
+    at(5, send(15, 18, 15, 10, 10, 1, 1, 15))
     assert run_here(*flags, "--out", tmp_path / "run") == 128 + 15
     assert saved_step(tmp_path / "run") == 5
 
 
 def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
     begin = time.perf_counter()
-    code, text = run([*flags, "--out", "run"], tmp_path / "log", impatient, 2, 2)
+    code, text = run([*flags, "--out", "run"], tmp_path / "log", a_minute_in_a_step, 2, 2)
     assert code == -2 and "--resume" not in text, text
     assert time.perf_counter() - begin < 50  # the step would have taken a minute
     assert saved_step(tmp_path / "run") == 0
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing(flags, tmp_path, undisturbed, in_step, request):
+def test_under_nohup_a_closed_terminal_ends_nothing(flags, tmp_path, undisturbed, at, request):
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    in_step(5, send(signal.SIGHUP))
+    at(5, send(signal.SIGHUP))
     assert run_here(*flags, "--out", tmp_path / "run") == 0
     lost_nothing(tmp_path / "run", undisturbed)
 
@@ -356,9 +319,9 @@ def test_under_nohup_a_closed_terminal_ends_nothing(flags, tmp_path, undisturbed
 # --- started again, elsewhere, from another model, by others
 
 
-def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, in_step, go):
+def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, at, go):
     command = ["--resume", "runs/a", *flags]
-    in_step(5, send(signal.SIGTERM))
+    at(5, send(signal.SIGTERM))
     assert go(*command)[0] == 128 + 15
     assert go(*command)[0] == 0
     lost_nothing(tmp_path / "runs/a", undisturbed)
@@ -374,36 +337,32 @@ def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, in_step, 
     assert contents(tmp_path / "runs/a") == before
 
 
-def test_init_takes_every_setting_but_those_given(image_folder, tmp_path):
+def test_a_run_that_was_overtaken_does_not_overwrite(flags, tmp_path, undisturbed, go):
+    """Its name was free; then it decoded for long, and meanwhile another took it, to the end."""
+    overtakes = at_call(1, randsac.load_images, lambda: run_here(*flags, "--out", "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(randsac, "load_images", overtakes)
+        one_line(*go(*flags, "--out", "run", "--seed", 5), "run")
+    lost_nothing(tmp_path / "run", undisturbed)
+
+
+def test_init_takes_every_setting_but_those_given(image_folder):
     given = "--segments blob --hierarchy 5 2 --target pixels --seed 3 --crop-scale 0.9 --no-skip "
     given += "--order raster --weight-decay 0.2 --warmup 0.1 --lr 0.01 --last-rank 2 --save-every 7"
     run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 1, "--out", "a", *given.split())
     first = dataclasses.asdict(randsac.load_model("a/checkpoint.pt")[1])
-    assert (
-        run_here("--init", "a/checkpoint.pt", "--epochs", 2, "--out", "b", "--device", "cpu") == 0
-    )
+    changed = {"init": "a/checkpoint.pt", "epochs": 2, "out": "b", "device": "cpu"}
+    run_here(*[word for name, value in changed.items() for word in (f"--{name}", value)])
     saved, _, second = randsac.load_checkpoint("b/checkpoint.pt")
     assert saved["step"] == 8 and not same_weights(Path("a"), Path("b"))
-    assert dataclasses.asdict(second) == first | {
-        "init": "a/checkpoint.pt",
-        "epochs": 2,
-        "out": "b",
-    }
-
-    # What hangs on a flag goes with it, what contradicts the model is refused by name.
-    run_here("--init", "a/checkpoint.pt", "--segments", "square", "--hierarchy", 4, "--out", "c")
-    third = randsac.load_model("c/checkpoint.pt")[1]
-    assert (third.order, third.last_rank, third.target) == ("random", 0, "pixels")
-    for wrong in (["--depth", 3], ["--dim", 32], ["--skip"], ["--patch-size", 4]):
-        with pytest.raises(randsac.UserError, match=wrong[0]):
-            run_here("--init", "a/checkpoint.pt", *wrong)
+    assert dataclasses.asdict(second) == first | changed
 
 
 def test_a_run_goes_on_where_images_are_decoded_a_little_differently(
-    flags, tmp_path, monkeypatch, in_step
+    flags, tmp_path, monkeypatch, at
 ):
     """As by another Pillow. Who they are is their names and sizes, not these bytes, nor times."""
-    in_step(5, send(signal.SIGTERM))
+    at(5, send(signal.SIGTERM))
     assert run_here(*flags, "--out", "run") == 128 + 15
     decode = randsac.decode_image
     monkeypatch.setattr(randsac, "decode_image", lambda *given: decode(*given) ^ 1)
@@ -411,32 +370,6 @@ def test_a_run_goes_on_where_images_are_decoded_a_little_differently(
     shutil.rmtree("runs/cache")
     assert run_here("--resume", "run", "--data-dir", data) == 0
     assert saved_step(tmp_path / "run") == 20
-
-
-def test_a_run_of_two_processes_goes_on_in_one(image_folder, tmp_path):
-    """In blobs, with random crops: all is drawn for the whole batch. A signal to one stops both."""
-    flags = [*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 3, "--segments", "blob"]
-    flags += ["--hierarchy", 5, 2, "--lr", 0.01]
-    assert run_here(*flags, "--out", "one") == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logs = [tmp_path / "first", tmp_path / "second"]
-    command = [*flags, "--out", "two"]
-    both = [start(command, log, one_of_two, i, port) for i, log in enumerate(logs)]
-    (code, text), (other_code, other_text) = [finish(*each) for each in zip(both, logs)]
-    assert code == other_code == 128 + 15 and "2 x cpu" in text, text
-    assert "--resume" in text and "--resume" not in other_text  # the first speaks for all
-    assert saved_step(tmp_path / "two") == 5
-
-    assert run_here("--resume", "two") == 0
-    others = {row["step"]: row for row in rows(Path("two"))}
-    for row in rows(Path("one")):
-        other = others[row["step"]]
-        if "held_out_loss" in row:
-            assert other["held_out_loss"] == pytest.approx(row["held_out_loss"], rel=1e-4)
-        if row["step"] > 8:  # both are the mean since the end of an epoch
-            assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
 
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
@@ -485,10 +418,10 @@ def test_full_disk_keeps_the_last_good_checkpoint(
 
 
 def test_a_disk_that_is_full_when_the_log_is_written(
-    flags, tmp_path, undisturbed, in_step, no_file_beyond, go
+    flags, tmp_path, undisturbed, at, no_file_beyond, go
 ):
     out = tmp_path / "run"
-    in_step(15, lambda: no_file_beyond((out / "metrics.jsonl").stat().st_size + 10))
+    at(15, lambda: no_file_beyond((out / "metrics.jsonl").stat().st_size + 10))
     one_line(*go(*flags, "--out", out))
     no_file_beyond(resource.RLIM_INFINITY)
     assert saved_step(out) == 12
@@ -556,13 +489,12 @@ def test_every_devices_word_for_out_of_memory_is_one_line(error, go):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x")])
-def test_an_error_of_the_program_itself_is_not_hidden(error, monkeypatch):
+def test_an_error_of_the_program_itself_is_not_hidden(error, go):
     def main(arguments):
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["randsac.py"])
     with pytest.raises(type(error)):
-        randsac.run_command(main)
+        go(main=main)
 
 
 def test_what_a_compiler_says_is_one_line(flags, monkeypatch, go):
@@ -591,7 +523,7 @@ def test_a_terminal_that_lacks_a_letter(flags, tmp_path):
 
 
 def test_a_log_file_can_be_read_while_the_run_goes_on(flags, tmp_path):
-    process = start([*flags, "--out", "run"], tmp_path / "log", slow_steps, 100)
+    process = start([*flags, "--out", "run"], tmp_path / "log", a_minute_in_a_step)
     wait_for(tmp_path / "run/checkpoint.pt", process)
     seconds = 0
     while "20 steps" not in (tmp_path / "log").read_text() and seconds < 20:
@@ -630,7 +562,7 @@ def test_memory_is_flat_over_5000_steps(image_folder, tmp_path):
 # --- in a notebook: main() in a process that lives on
 
 
-def test_main_puts_everything_back(flags, tmp_path, in_step, request):
+def test_main_puts_everything_back(flags, tmp_path, at, request):
     """Handlers, files and streams are as before, also after a run that was stopped or failed."""
     own = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run without one
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
@@ -642,7 +574,7 @@ def test_main_puts_everything_back(flags, tmp_path, in_step, request):
     before = state()
     assert run_here(*flags, "--epochs", 1, "--out", "whole") == 0
     assert state() == before
-    in_step(2, send(signal.SIGINT))
+    at(2, send(signal.SIGINT))
     assert run_here(*flags, "--out", "stopped") == 130
     assert state() == before
     with pytest.raises(randsac.UserError):
@@ -665,57 +597,43 @@ def test_main_in_a_thread(flags, tmp_path, undisturbed):
     lost_nothing(tmp_path / "run", undisturbed)
 
 
-class Notebook:
+class Notebook(io.StringIO):
     """What stands for stdout and stderr in a notebook: it takes text and can do little else."""
 
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
+    reconfigure = fileno = None
 
 
 def test_streams_that_are_no_terminals(flags, monkeypatch):
-    """`%run randsac.py` in a notebook; a service without streams; python -OO, without docstrings."""
+    """`%run randsac.py` in a notebook; a service without stdout; python -OO, without docstrings."""
     stream = Notebook()
     monkeypatch.setattr(randsac, "__doc__", None)
-    words = ["randsac.py", *map(str, flags), "--max-steps", "1", "--out", "run"]
-    for code, given in ((0, words), (2, words)):
-        monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, flags), "--out", "run"])
+    for code in (0, 2):  # now its name is taken
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "stdout", stream)
             patch.setattr(sys, "stderr", stream)
             randsac.run_command(randsac.main)
         assert ended.value.code == code
-    assert "trained" in stream.text and "error: " in stream.text
+    assert "trained" in stream.getvalue() and "error: " in stream.getvalue()
     monkeypatch.setattr(sys, "stdout", None)
-    assert run_here(*flags, "--max-steps", 1, "--out", "other") == 0
+    assert run_here(*flags, "--out", "other") == 0
 
 
 # --- what is printed can be pasted
 
 
-def pasted(text, *words):
-    """What a shell makes of the command printed after these words: the arguments of Python."""
-    line = text.partition(words[0])[2].splitlines()[0]
-    if len(words) > 1:
-        line = line.partition(words[1])[0]
-    printed = 'python() { printf "%s\\n" "$@"; }; python3() { python "$@"; }; '
-    name = Path(sys.executable).name
-    printed += f'{name}() {{ printf "%s\\n" "$@"; }}; {line}'
-    done = subprocess.run(["bash", "-c", printed], check=True, capture_output=True, text=True)
-    return done.stdout.splitlines()
+def pasted(text, before, after="\n"):
+    """What a shell makes of the command printed between these words: the arguments of Python."""
+    line = text.partition(before)[2].partition(after)[0]
+    line = f'{Path(sys.executable).name}() {{ printf "%s\\n" "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", line], check=True, stdout=-1, text=True
+    ).stdout.splitlines()
 
 
 @pytest.mark.parametrize("name", ["my run's ü", "~", "-x", "a$(touch oops) `b`;#&", "star * [1]"])
-def test_the_line_after_a_stop_can_be_pasted(flags, tmp_path, name, in_step, go):
-    in_step(1, send(signal.SIGTERM))
+def test_the_line_after_a_stop_can_be_pasted(flags, tmp_path, name, at, go):
+    at(1, send(signal.SIGTERM))
     code, text = go(*flags, "--epochs", 1, f"--out=./{name}")
     assert code == 128 + 15, text
     script, *arguments = pasted(text, "To go on: ")
@@ -781,11 +699,6 @@ def test_a_home_directory_is_understood(image_folder, tmp_path, monkeypatch):
 # --- checkpoints
 
 
-@pytest.fixture(scope="module")
-def checkpoint(undisturbed):
-    return (undisturbed / "checkpoint.pt").read_bytes()
-
-
 def refused(path, *words):
     with pytest.raises(randsac.UserError) as error:
         randsac.load_model(path)
@@ -794,108 +707,89 @@ def refused(path, *words):
     assert all(word in message for word in words), message
 
 
-def test_a_checkpoint_cut_short_anywhere_is_refused(checkpoint, tmp_path):
-    path = tmp_path / "cut.pt"
-    for end in np.linspace(0, len(checkpoint) - 1, 100).astype(int):
-        path.write_bytes(checkpoint[:end])
-        refused(path)
+def test_a_checkpoint_cut_short_anywhere_is_refused(undisturbed):
+    shutil.copy(undisturbed / "checkpoint.pt", "cut.pt")
+    for end in np.linspace(os.path.getsize("cut.pt") - 1, 0, 60).astype(int):
+        os.truncate("cut.pt", end)
+        refused("cut.pt")
 
 
-def test_a_flipped_bit_is_refused_or_harmless(checkpoint, tmp_path):
-    path = tmp_path / "flipped.pt"
-    path.write_bytes(checkpoint)
-    good, good_config = randsac.load_model(path)
-    good = good.state_dict()
+def test_a_flipped_bit_is_refused_or_harmless(undisturbed):
+    whole = (undisturbed / "checkpoint.pt").read_bytes()
+    good, good_config = randsac.load_model(undisturbed / "checkpoint.pt")
     refusals = 0
-    for place in np.random.default_rng(0).integers(0, 8 * len(checkpoint), 100):
-        damaged = bytearray(checkpoint)
+    for place in np.random.default_rng(0).integers(0, 8 * len(whole), 60):
+        damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << (place % 8)
-        path.write_bytes(damaged)
+        Path("flipped.pt").write_bytes(damaged)
         try:
-            model, config = randsac.load_model(path)
-        except randsac.UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+            model, config = randsac.load_model("flipped.pt")
+        except randsac.UserError:
+            refused("flipped.pt")
             refusals += 1
             continue
         assert config == good_config
-        assert all(torch.equal(value, good[name]) for name, value in model.state_dict().items())
-    assert refusals > 50
+        torch.testing.assert_close(model.state_dict(), good.state_dict(), rtol=0, atol=0)
+    assert refusals > 30
 
 
 class Payload:
     """Unpickled by a careless program, makes a file."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (self.path, "w")
+        return open, ("it ran", "w")
 
 
-def test_a_file_that_would_run_code_does_not(tmp_path):
-    trace = tmp_path / "it ran"
-    torch.save({"config": {}, "model": Payload(str(trace))}, tmp_path / "zip.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Payload(str(trace))))
+def test_a_file_that_would_run_code_does_not():
+    torch.save({"config": {}, "model": Payload()}, "zip.pt")
+    Path("pickle.pt").write_bytes(pickle.dumps(Payload()))
     for name in ("zip.pt", "pickle.pt"):
-        refused(tmp_path / name)
-        assert not trace.exists()
-    pickle.loads((tmp_path / "pickle.pt").read_bytes()).close()
-    assert trace.exists()  # the payload works where it is let
+        refused(name)
+        assert not Path("it ran").exists()
+    pickle.loads(Path("pickle.pt").read_bytes()).close()
+    assert Path("it ran").exists()  # the payload works where it is let
 
 
-def test_other_files_are_refused_by_name(undisturbed, tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    refused(tmp_path / "text.pt")
-    refused(tmp_path / "missing.pt", "No such file")
+def test_other_files_are_refused_by_name(undisturbed, tmp_path, go, flags):
+    Path("text.pt").write_text("hello")
+    refused("text.pt")
+    refused("missing.pt", "No such file")
     refused(tmp_path)  # a directory
     saved = torch.load(undisturbed / "checkpoint.pt", weights_only=True)
-    model = saved["model"]
-    config = saved["config"]
-    changes = {
-        "other.pt": ({"model": {}}, "embed.weight"),
-        "more.pt": ({"model": {**model, "extra": torch.zeros(1)}}, "extra"),
-        "larger.pt": ({"config": {**config, "dim": 32}}, "embed.weight"),
-        "newer.pt": ({"config": {**config, "flavour": 1}}, "flavour"),
-        "odd.pt": ({"config": {**config, "heads": 3}}, "--heads"),
-    }
-    for name, (change, word) in changes.items():
-        torch.save({**saved, **change}, tmp_path / name)
-        refused(tmp_path / name, word)
-    contents = [[1, 2], {}, {"config": 3, "model": 4}, {"config": {}}, {"model": {}}]
-    for i, content in enumerate(contents):
-        torch.save(content, tmp_path / f"{i}.pt")
-        refused(tmp_path / f"{i}.pt")
-
-
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched(undisturbed, tmp_path):
-    out = shutil.copytree(undisturbed, tmp_path / "run")
-    os.truncate(out / "checkpoint.pt", (out / "checkpoint.pt").stat().st_size - 9)
-    before = {file: file.read_bytes() for file in out.iterdir()}
-    with pytest.raises(randsac.UserError, match=re.escape(str(out / "checkpoint.pt"))):
-        run_here("--resume", out)
-    assert before == {file: file.read_bytes() for file in out.iterdir()}
-
-
-def test_what_is_given_to_resume_is_the_directory(undisturbed, flags, go):
+    changes = [
+        ({"model": {}}, "embed.weight"),
+        ({"model": {**saved["model"], "extra": torch.zeros(1)}}, "extra"),
+        ({"config": {**saved["config"], "dim": 32}}, "embed.weight"),
+        ({"config": {**saved["config"], "flavour": 1}}, "flavour"),
+        ({"config": {**saved["config"], "heads": 3}}, "--heads"),
+        ({"config": 3}, ""),
+        ({"model": 4}, ""),
+    ]
+    for change, word in changes:
+        torch.save(saved | change, "other.pt")
+        refused("other.pt", word)
+    for content in ([1, 2], {}, {"config": {}}, {"model": {}}):
+        torch.save(content, "other.pt")
+        refused("other.pt")
     one_line(*go("--resume", undisturbed / "checkpoint.pt", *flags), "checkpoint.pt")
 
 
-def test_half_precision_checkpoint_loads_as_float32(tmp_path):
-    model = random_model(micro())
-    half = {name: value.half() for name, value in model.state_dict().items()}
-    content = {"config": dataclasses.asdict(micro()), "model": half}
-    torch.save(content, tmp_path / "half.pt")
-    loaded, _ = randsac.load_model(tmp_path / "half.pt")
-    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched(undisturbed, go):
+    shutil.copytree(undisturbed, "run")
+    os.truncate("run/checkpoint.pt", 20_000)
+    before = contents(Path("run"))
+    one_line(*go("--resume", "run"), "run/checkpoint.pt")
+    assert contents(Path("run")) == before
 
 
-def test_another_files_name_or_place_changes_nothing(checkpoint, tmp_path, monkeypatch):
+def test_a_checkpoint_may_be_in_half_precision_and_of_any_name():
     """Also one that no UTF-8 terminal can show."""
-    monkeypatch.chdir(tmp_path)
+    half = random_model(micro()).half().state_dict()
     for name in ("with space.pt", "ü.pt", os.fsdecode(b"\xff.pt"), "no ending"):
-        Path(name).write_bytes(checkpoint)
-        assert randsac.load_model(name)[1].dim == 16
-        assert randsac.load_model(tmp_path / name)[1].dim == 16
+        with open(name, "wb") as file:
+            torch.save({"config": dataclasses.asdict(micro()), "model": half}, file)
+        model, _ = randsac.load_model(name)
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 # --- any configuration at all
@@ -904,8 +798,7 @@ POOLS = {
     "image_size": [1, 2, 4, 6, 8, 9, 12],
     "patch_size": [0, 1, 2, 3, 4],
     "segments": ["patch", "square", "blob", "scatter", "mae", "x"],
-    "hierarchy": [None, None, (), (4,), (9,), (16, 4), (5, 3), (3, 5), (2,), (1,), (100,)]
-    + [("a",), 7, (6, 4, 2), (2.0,)],
+    "hierarchy": [None, None, (), (4,), (9,), (16, 4), (5, 3), (3, 5), (2,), (1,), (6, 4, 2), 7],
     "order": ["random", "raster", "up"],
     "last_rank": [0, 1, 2, 14, -1, 99, None],
     "dim": [4, 8, 12, 6, 0, -8, None, 8.0],
