@@ -8,19 +8,20 @@
 
 With --checkpoint, the flags that are not given are those of the run; with another --segments, its
 other strategy flags begin anew. A flag that has nothing to do with a picture does not change it.
-A draw_... function returns a PIL image, which a notebook can show (draw_order: a GIF's frames).
+In a notebook, draw_masks(Shown({"segments": "blob"})) is an image, and the others are alike.
 """
 
 import base64
+import collections
 import dataclasses
 import functools
 import io
 import itertools
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,6 @@ GAP = 20  # between images
 
 INK = "#1A1A1A"
 DIM = "#5A5A5A"
-GREY = "#C8C8C8"
 WHITE = "#FFFFFF"
 # Okabe and Ito's colours, which colour-blind eyes can tell apart, and more.
 BLUE = "#0072B2"
@@ -46,16 +46,14 @@ RED = "#D55E00"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
 HUES = (BLUE, RED, INK, ORANGE, "#56B4E9", GREEN, "#8C510A", "#882255", "#CC79A7", "#999933")
-PALE_BLUE = "#A9CFE5"
-PALE_ORANGE = "#F5DDA8"
 RAMP = ("#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725")
 MASK = {"may not look": "#F4F4F4", "may look": BLUE, "left out": "#BDBDBD"}
-GREY_PIXEL = torch.tensor(ImageColor.getrgb(GREY), dtype=torch.uint8)
+GREY_PIXEL = torch.tensor([200, 200, 200], dtype=torch.uint8)
 
 font = functools.cache(ImageFont.load_default)  # by size
 
 # ------------------------------------------------------------------------------------------------
-# 1. Cells, words and pages
+# 1. Cells, words, pages and charts
 
 
 def blend(values, scale=RAMP):
@@ -89,25 +87,23 @@ def reveal(photo, keep, behind=GREY_PIXEL):
     return torch.where(pixels[..., None], photo, behind)
 
 
-def enlarge(cells, width, height=None):
-    """Cells uint8 [R,C,3] of a photo, a map or a mask -> an image. By default they are square."""
-    if height is None:
-        height = width * cells.shape[0] // cells.shape[1]
+def enlarge(cells, width):
+    """Cells uint8 [R,C,3] of a photo, a map or a mask -> an image of them as squares."""
+    height = width * cells.shape[0] // cells.shape[1]
     return Image.fromarray(cells.numpy()).resize((width, height), Image.NEAREST)
 
 
 def outline(image, ids, colour=WHITE, width=1):
     """Draws lines inside of cells [R,C], where those of another id begin. Id 0 has none."""
-    W, H = image.size
-    large = F.interpolate(ids[None, None].float(), (H, W))[0, 0]  # [H,W]
+    large = F.interpolate(ids[None, None].float(), image.size[::-1])[0, 0]  # [H,W]
+    H, W = large.shape
 
     # A pixel lies on a line where one of its eight neighbours, `width` away, has another id.
     around = F.pad(large, [width] * 4)
     edge = torch.zeros(H, W, dtype=torch.bool)
     for y, x in itertools.product((0, width, 2 * width), repeat=2):
-        edge = edge | (around[y : y + H, x : x + W] != large)
-    edge = edge & (large > 0)
-    image.paste(colour, mask=to_pil_image(edge.byte() * 255))
+        edge |= around[y : y + H, x : x + W] != large
+    image.paste(colour, mask=to_pil_image(255 * (edge & (large > 0)).byte()))
     return image
 
 
@@ -121,33 +117,32 @@ def write(image, place, words, size=24, colour=INK, anchor="la", align="left"):
     ImageDraw.Draw(image).text(place, words, colour, font(size), anchor, 10, align)
 
 
-def write_in_cells(image, cells, labels):
-    """Writes labels [R][C] into the cells uint8 [R,C,3] of an image, if they fit."""
-    h = image.height / len(labels)
-    w = image.width / len(labels[0])
-    longest = max(len(words) for words in itertools.chain(*labels))
-    size = int(min(30, 0.55 * h, 1.6 * w / longest))  # a letter is about half as wide as high
-    if size < 16:
-        return
+def numbered(cells, width, labels):
+    """Cells uint8 [R,C,3] -> an image with their labels [R][C] in them, where these fit."""
+    image = enlarge(cells, width)
+    unit = width / len(labels[0])
+    longest = max(len(words) for row in labels for words in row)
     dark = cells.float() @ torch.tensor([0.3, 0.59, 0.11]) < 110  # [R,C]
     for r, row in enumerate(labels):
         for c, words in enumerate(row):
             ink = WHITE if dark[r, c] else INK
-            write(image, ((c + 0.5) * w, (r + 0.5) * h), words, size, ink, "mm")
+            if unit > 13 * longest:
+                place = (unit * (c + 0.5), unit * (r + 0.5))
+                write(image, place, words, 22, ink, "mm")
+    return image
 
 
 def token_map(ranks, width, scale=RAMP):
     """Ranks [N] as a grid of tokens, coloured and numbered by rank."""
     grid = as_grid(ranks)
     cells = blend(grid / max(1, grid.max()), scale)
-    image = outline(enlarge(cells, width), grid + 1)
-    write_in_cells(image, cells, [[str(rank) for rank in row] for row in grid.tolist()])
-    return image
+    labels = [[str(rank) for rank in row] for row in grid.tolist()]
+    return outline(numbered(cells, width, labels), grid + 1)
 
 
-def swatch(words, width, scale=RAMP):
+def swatch(words, scale=RAMP):
     """-> (words, image): what colours mean."""
-    return words, enlarge(blend(torch.linspace(0, 1, 10), scale)[None], width, 24)
+    return words, enlarge(blend(torch.linspace(0, 1, 10), scale)[None], 300)
 
 
 def sheet(title, note, rows):
@@ -170,20 +165,6 @@ def sheet(title, note, rows):
     return page
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. A chart
-
-
-class Series(NamedTuple):
-    """What one colour of a chart shows. Bars of several series stand side by side."""
-
-    xs: list
-    ys: list
-    colour: str
-    style: str  # line, dots, bars
-    label: str = ""  # in the legend
-
-
 def ticks(low, high, most):
     """-> the round numbers from low to high, about `most` of them."""
     for exponent, digit in itertools.product(range(-12, 40), (1, 2, 5)):
@@ -193,77 +174,70 @@ def ticks(low, high, most):
             return [round(i * step, 12) for i in numbers]
 
 
-def chart(width, height, series, x_label, y_label, names=None):
-    """Series as lines, dots and bars -> an image. Names {x: words} replace the numbers below."""
-    image = Image.new("RGB", (width, height), WHITE)
+def chart(height, series, x_label, y_label, names=None, marks=()):
+    """Series (style, points {x: y}, colour, label) -> an image. Styles: lines, dots, and bars,
+    which stand side by side. Names {x: words} replace the numbers below. Marks: vertical lines."""
+    image = Image.new("RGB", (column(1), height), WHITE)
     pen = ImageDraw.Draw(image)
 
     # What y is, and what the colours are.
     write(image, (0, 0), y_label)
     top = 48
-    for one in series:
-        if one.label:
-            pen.rectangle([0, top, 28, top + 20], one.colour)
-            write(image, (40, top - 4), one.label)
+    for _, _, colour, label in series:
+        if label:
+            pen.rectangle([0, top, 28, top + 20], colour)
+            write(image, (40, top - 4), label)
             top += 36
 
     # The part of the plane that is shown. Bars are whole and begin at zero.
-    xs = [x for one in series for x in one.xs]
-    ys = [y for one in series for y in one.ys]
-    bars = [one for one in series if one.style == "bars"]
-    left = min(xs)
-    right = max(*xs, left + 1)
-    room = max(0.12 * (max(ys) - min(ys)), 1e-9)
-    low = min(ys) - room
-    high = max(ys) + room
-    if bars:
-        left = round(left) - 0.5
-        right = round(max(xs)) + 0.5
-        low = 0
+    xs = [x for _, points, _, _ in series for x in points]
+    ys = [y for _, points, _, _ in series for y in points.values()]
+    bars = [one for one in series if one[0] == "bars"]
+    left = min(xs) - 0.5
+    right = max(xs) + 0.5
+    low = 0 if bars else min(ys)
+    high = max(*ys, low + 1e-9)
 
-    # Where it lies in the image.
+    # Where it lies in the image, with room for words on all sides.
     if names is None:
-        names = {x: f"{x:g}" for x in ticks(left, right, width // 120) if x == round(x)}
+        names = {x: f"{x:g}" for x in ticks(left, right, 12) if x == round(x)}
     foot = height - 76 - 34 * max(words.count("\n") for words in names.values())
-    x_unit = (width - 152) / (right - left)
-    y_unit = (foot - top) / (high - low)
+    x_unit = (image.width - 152) / (right - left)
+    y_unit = (foot - top - 40) / (high - low)
 
     def place(x, y):
         return 112 + x_unit * (x - left), foot - y_unit * (y - low)
 
     # Axes, with round numbers or names.
-    for y in ticks(low, high, (foot - top) / 80):
+    for y in ticks(low, high, 6):
         pen.line([place(left, y), place(right, y)], "#DDDDDD", 2)
-        write(image, (100, place(left, y)[1]), f"{y:g}", 24, DIM, "rm")
+        write(image, place(left - 12 / x_unit, y), f"{y:g}", 24, DIM, "rm")
     for x, words in names.items():
-        write(image, (place(x, low)[0], foot + 12), words, 24, DIM, "ma", "center")
-    pen.line([112, top, 112, foot, width - 40, foot], DIM, 2)
-    write(image, (width, height - 4), x_label, 24, DIM, "rd")
+        write(image, place(x, low - 12 / y_unit), words, 24, DIM, "ma", "center")
+    write(image, (image.width, height - 4), x_label, 24, DIM, "rd")
 
-    # The bars of one x stand side by side and fill four fifths of its room.
+    # The bars of one x fill four fifths of its room. Lines and dots lie over them.
     share = 0.8 / max(1, len(bars))
-    for i, one in enumerate(bars):
-        for x, y in zip(one.xs, one.ys):
-            start, bar_top = place(x - 0.4 + share * i, y)
-            end = start + share * x_unit - 2
-            pen.rectangle([start, bar_top, end, foot], one.colour)
-            number = f"{y:#.3g}"
-            if font(22).getlength(number) < end - start + 4:
-                write(image, ((start + end) / 2, bar_top - 6), number, 22, INK, "mb")
-
-    # Lines and dots lie over bars. A line of one point is a dot.
-    for one in series:
-        points = [place(x, y) for x, y in zip(one.xs, one.ys)]
-        if one.style == "line":
-            pen.line(points, one.colour, 4, "curve")
-        if one.style == "dots" or (one.style == "line" and len(points) == 1):
-            for point in points:
-                pen.circle(point, 9, one.colour, WHITE, 2)
+    for i, (_, points, colour, _) in enumerate(bars):
+        for x, y in points.items():
+            start = x - 0.4 + share * i
+            pen.rectangle([place(start, y), place(start + 0.96 * share, 0)], colour)
+            if share * x_unit > 60:  # as wide as a number
+                write(image, place(start + 0.48 * share, y), f"{y:#.3g}", 22, INK, "md")
+    for x in marks:
+        pen.line([place(x, low), place(x, high)], DIM, 4)
+    for style, points, colour, _ in series:
+        places = [place(x, y) for x, y in points.items()]
+        if style == "line" and len(points) > 1:
+            pen.line(places, colour, 4, "curve")
+        elif style != "bars":
+            for centre in places:
+                pen.circle(centre, 9, colour, WHITE, 2)
     return image
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Pictures that need no training
+# 2. Pictures that need no training
 
 STRATEGIES = {
     "pixel raster": {"image_size": 16, "patch_size": 1, "segments": "patch", "order": "raster"},
@@ -278,49 +252,42 @@ STRATEGIES = {
 ORDER_FLAGS = ("image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed")
 
 
-def with_yours(config):
-    """-> STRATEGIES and that of config, of which only what is not the default."""
+def strategies(shown):
+    """-> STRATEGIES and, where flags ask for one, yours: of its settings those of no default."""
+    if shown.flags.keys().isdisjoint(ORDER_FLAGS):
+        return STRATEGIES
+    config = shown.config
     name = f"yours: {config.segments} {' -> '.join(map(str, config.hierarchy))}"
     changed = [flag for flag in ORDER_FLAGS if getattr(config, flag) != getattr(Config(), flag)]
     return {**STRATEGIES, name.strip(): {flag: getattr(config, flag) for flag in changed}}
 
 
-def draw_segments(photo, strategies=STRATEGIES, seed=0):
-    """A photo uint8 [H,W,3] and an order of each of the strategies {name: settings}."""
-    in_figure = ("pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5")
-    letters = dict(zip(in_figure, ("(b) ", "(c) ", "(d) ", "(e) ", "(f) ")))
+def draw_segments(shown):
+    """The strategies of the paper differ only in the rank that each token gets."""
+    in_figure = ["pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5"]
+    images, _ = shown.images
+    [photo] = photos(images[:1])
     panels = [("(a) image", enlarge(photo, column(5)))]
-    for i, (name, settings) in enumerate(strategies.items()):
+    for i, (name, settings) in enumerate(strategies(shown).items()):
         strategy = Config(**settings)
-        ranks = sample_ranks(strategy, 1, generator=seeded("cpu", seed, i))[0]
+        ranks = sample_ranks(strategy, 1, generator=seeded("cpu", shown.config.seed, i))[0]
         kind = "pixels" if strategy.patch_size == 1 else "patches"
-        size = f"{strategy.grid} x {strategy.grid} {kind}, {ranks.max() + 1} ranks"
-        panels.append((f"{letters.get(name, '')}{name}\n{size}", token_map(ranks, column(5))))
+        words = f"{name}\n{strategy.grid} x {strategy.grid} {kind}, {ranks.max() + 1} ranks"
+        if name in in_figure:
+            words = f"({'bcdef'[in_figure.index(name)]}) {words}"
+        panels.append((words, token_map(ranks, column(5))))
     note = """A cell is a token; its number and its colour are its rank. The tokens of one rank form
-        a segment: they are predicted together, from those of lower rank. Those of rank 0 are given.
-        (The pixel raster is shown for a smaller image: 32 x 32 pixels would have 1024 ranks.)"""
-    rows = [panels[:5], panels[5:], [swatch("predicted first ... last", 300)]]
+        a segment: they are predicted together, from those of lower rank. Rank 0 is given."""
+    rows = [panels[:5], panels[5:], [swatch("predicted first ... last")]]
     return sheet("What is predicted when, by strategy (Figure 2)", note, rows)
 
 
-def arrow(pen, start, end, colour):
-    """Draws an arrow from start to shortly before end, both [2] (x, y)."""
-    way = end - start
-    tip = end - way * (38 / way.norm()).clamp(max=0.5)  # before the disc that marks a segment
-    points = [tuple(start.tolist()), tuple(tip.tolist())]
-    pen.line(points, WHITE, 14)
-    pen.line(points, colour, 8)
-    angle = math.degrees(math.atan2(-way[0], -way[1]))
-    pen.regular_polygon((*points[1], 18), 3, angle, colour, WHITE)
-
-
 def traversal(partitions, ranks, width):
-    """Partitions and ranks [N] -> a map with arrows from segment to segment, and how often they
-    leave a partition."""
+    """Partitions and ranks [N] -> a map with arrows from segment to segment, and words for it."""
     # One of seven pale hues for each partition.
     grid = as_grid(ranks)
-    hues = blend(as_grid(partitions) % 7 / 6, HUES[3:]).float()
-    image = outline(enlarge(hues.lerp(torch.tensor(255.0), 0.6).byte(), width), grid + 1)
+    hues = blend(as_grid(partitions) % 7 / 6, HUES[3:])
+    image = outline(enlarge(hues // 5 * 2 + 153, width), grid + 1)
 
     # The centre of a segment lies inside it, however bent it is: its tokens nearest to the mean.
     centres = []
@@ -335,51 +302,56 @@ def traversal(partitions, ranks, width):
     leaves = homes.diff() != 0
     pen = ImageDraw.Draw(image)
     for k in reversed(range(len(leaves))):
-        arrow(pen, centres[k], centres[k + 1], RED if leaves[k] else INK)
+        start, end = centres[k : k + 2]
+        ahead = F.normalize(end - start, dim=0)
+        aside = 6 * ahead.flip(0) * torch.tensor([1, -1])
+        neck = end - 56 * ahead
+        corners = [start + aside, neck + aside, neck + 3 * aside, end - 24 * ahead]
+        corners += [neck - 3 * aside, neck - aside, start - aside]
+        pen.polygon(torch.cat(corners).tolist(), RED if leaves[k] else INK, WHITE, 2)
     for k, centre in enumerate(centres):
         pen.circle(centre.tolist(), 24, WHITE, INK, 2)
         write(image, centre.tolist(), str(k), 28, INK, "mm")
     return image, f"leaves a partition in {leaves.sum()} of {len(leaves)} steps"
 
 
-def draw_hierarchy(config):
-    """Squares and blobs in flat and hierarchical order, and config's segments if in partitions."""
-    strategies = {"square": Config(), "blob": Config(segments="blob")}
+def draw_hierarchy(shown):
+    """A hierarchical order finishes a partition before it begins the next."""
+    config = shown.config
+    configs = {"square": Config(), "blob": Config(segments="blob")}
     if len(config.hierarchy) > 1:
-        strategies[config.segments] = config
+        configs[config.segments] = config
     rows = []
-    for i, (segments, shown) in enumerate(strategies.items()):
-        generator = seeded("cpu", config.seed, i)
-        levels = randsac.sample_levels(shown, 1, generator=generator)
+    for i, (segments, config) in enumerate(configs.items()):
+        generator = seeded("cpu", shown.config.seed, i)
+        levels = randsac.sample_levels(config, 1, generator=generator)
         row = []
         for used in (levels[:1], levels):
-            ranks = randsac.serialize(used, config.order, generator)[0]
+            ranks = randsac.serialize(used, shown.config.order, generator)[0]
             image, leaves = traversal(levels[-1][0], ranks, column(2))
-            counts = " -> ".join(map(str, shown.hierarchy[: len(used)]))
+            counts = " -> ".join(map(str, config.hierarchy[: len(used)]))
             row.append((f"{segments} {counts}\n{leaves}", image))
         rows.append(row)
-    note = """A hue is a partition, a number a segment's rank. Arrows show the order of prediction:
-        black within a partition, red where it is left. On the left, the order is flat. On the
-        right it is hierarchical: each partition is finished before the next is begun."""
+    note = """A hue is a partition, a number a segment's rank. Arrows lead to the next segment; they are red
+        where a partition is left. Left: a flat order. Right: a hierarchical one."""
     return sheet("Flat and hierarchical serialization (Figure 3)", note, rows)
 
 
-def some_steps(last, most):
-    """-> the steps 1 to last or, where they are more than `most`, only so many of them, evenly."""
-    return torch.linspace(1, last, min(last, most)).round().int().tolist()
-
-
-def draw_order(photo, ranks, predicted=None, most=64):
-    """A photo uint8 [H,W,3], its predictions alike, ranks [N] -> frames of a GIF, one a step."""
+def draw_order(shown, most=64):
+    """One image, predicted segment by segment."""
+    images, _ = shown.images
+    ranks = shown.ranks[0]
     grid = as_grid(ranks)
     last = ranks.max().item()
-    words = "predicted, each segment from true pixels"
-    if predicted is None:
-        words = "ranks: when each token is predicted"
-        in_numbers = token_map(ranks, len(grid) * (column(2) // len(grid)))
-        predicted = pil_to_tensor(in_numbers).movedim(0, -1)
+    [photo] = photos(images[:1])
+    words = "ranks: when each token is predicted"
+    in_numbers = token_map(ranks, len(grid) * (column(2) // len(grid)))
+    predicted = pil_to_tensor(in_numbers).movedim(0, -1)
+    if shown.model:
+        words = "predicted, each segment from true pixels"
+        [predicted], _ = predict(shown.model, images[:1], shown.ranks[:1])
     frames = []
-    for step in some_steps(last + 1, most):
+    for step in torch.linspace(1, last + 1, min(last + 1, most)).round().int().tolist():
         known = enlarge(reveal(photo, grid < step), column(2))
         right = enlarge(reveal(predicted, grid <= step), column(2))
         outline(known, (grid + 1) * (grid >= step), "#E8E8E8")
@@ -391,137 +363,124 @@ def draw_order(photo, ranks, predicted=None, most=64):
         page = sheet("Segment by segment (Figure 1)", note, [[("known", known), (words, right)]])
         frames.append(page.reduce(2))
 
-    # One palette for all frames makes a far smaller file: it has the colours of words and lines,
-    # and those of the last frame, where all of the photo and all ranks are seen.
-    words_and_lines = [*blend(torch.linspace(0, 1, 8), (INK, WHITE)), *blend([0, 1], (RED, GREY))]
-    fixed = torch.stack(words_and_lines).flatten().tolist()
-    shown = frames[-1].quantize(256 - 10).getpalette()
-    # Pillow compares in steps of 4: below 249, no other colour is nearer to white than white.
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(fixed + [min(248, value) for value in shown])
+    # One palette for all frames makes a far smaller file. The last two have all colours.
+    palette = tile(frames[-2:], 1).quantize(method=Image.Quantize.FASTOCTREE)
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
 def mask_panels(ranks, width, order, scale=RAMP):
     """Source, target and memory mask of ranks [N], the colours of the ranks along their sides."""
-    # Rows and columns that Section 4.1 leaves out: the last segment as it encodes, the first as it
-    # is decoded.
+    # Section 4.1 leaves out the last segment as it encodes, and the first as it is decoded.
     first = ranks == 0
     last = ranks == ranks.max()
-    left_out = (last[:, None] | last, first[:, None] | first, first[:, None] | last)  # [N,N] each
-
-    # Cells in the colours of MASK, with a band above and one on the left.
-    thick = 1 + len(ranks) // 20
+    ends = {"source": (last, last), "target": (first, first), "memory": (first, last)}
     bands = blend(ranks / max(1, ranks.max()), scale)  # [N,3]
+    thick = 1 + len(ranks) // 20
+    size = len(ranks) + thick
     panels = []
-    for i, mask in enumerate(randsac.attention_masks(ranks)):
-        kind = torch.where(left_out[i], 2, mask.long())  # as in MASK
-        cells = F.pad(blend(kind / 2, MASK.values()), (0, 0, thick, 0, thick, 0), value=255)
+    for (name, (rows, columns)), mask in zip(ends.items(), randsac.attention_masks(ranks)):
+        kind = mask.long().masked_fill(rows[:, None] | columns, 2)  # as in MASK
+        cells = torch.full((size, size, 3), 255, dtype=torch.uint8)
+        cells[thick:, thick:] = blend(kind / 2, MASK.values())
         cells[:thick, thick:] = bands
         cells[thick:, :thick] = bands[:, None]
-        if len(cells) <= width:  # all cells alike
-            width = width - width % len(cells)
-        panels.append((f"{('source', 'target', 'memory')[i]} mask\n{order}", enlarge(cells, width)))
+        alike = width - width % size  # so are all cells, if there are not too many
+        panels.append((f"{name} mask\n{order}", enlarge(cells, max(alike, min(width, size)))))
     return panels
 
 
-def draw_masks(ranks):
-    """The masks of six tokens, as in Figure 4, and those of ranks [N]."""
+def draw_masks(shown):
+    """The three attention masks are three comparisons of ranks."""
+    ranks = shown.ranks[0]
     few = torch.tensor([2, 0, 1, 2, 0, 1])
     hues = (GREEN, BLUE, RED)
     top = [("ranks\n6 tokens", token_map(few, column(7), hues))]
     top += mask_panels(few.sort().values, column(7), "serialized", hues)
     top += mask_panels(few, column(7), "raster order", hues)
     rows = [top]
-    for order, shown in (("serialized", ranks.sort().values), ("raster order", ranks)):
-        panels = mask_panels(shown, column(4), order)
-        rows.append([(f"ranks\n{order}", token_map(shown, column(4))), *panels])
-    rows.append([swatch(words, 200, (colour, colour)) for words, colour in MASK.items()])
-    note = """The token of row i may look at that of column j where the cell is blue. The bands show
-        the colours of their ranks. The last segment is left out of the encoder, as nothing comes
-        after it, and the first out of the decoder, as nothing comes before it. When tokens are
-        serialized (sorted by rank), these are the ends."""
+    for order, tokens in (("serialized", ranks.sort().values), ("raster order", ranks)):
+        panels = mask_panels(tokens, column(4), order)
+        rows.append([(f"ranks\n{order}", token_map(tokens, column(4))), *panels])
+    rows.append([swatch(words, (colour, colour)) for words, colour in MASK.items()])
+    note = """The token of row i may look at that of column j where the cell is blue. The bands are
+        their ranks. The encoder leaves out the last segment, as nothing comes after it, and the
+        decoder the first. When tokens are serialized (sorted by rank), these are the ends."""
     return sheet("Attention masks: who may look at whom (Figure 4)", note, rows)
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Pictures of a trained model
+# 3. Pictures of a trained model and its run
 
 
 @torch.no_grad()
 def predict(model, images, ranks):
-    """-> predictions as photos [B,H,W,3], squared errors of the tokens [B,N], NaN where given, and
-    what they were if zero were predicted."""
+    """-> predictions as photos [B,H,W,3], squared errors of the tokens [B,N], NaN where given."""
+    ranks = ranks[: len(images)]  # orders may be more than images
     P = model.config.patch_size
     tokens = randsac.patchify(images, P)
-    target = model.target(tokens)
     guess = model.predict(images, ranks)
-    errors = (guess - target).square().mean(-1)
-    zeros = target.square().mean(-1)
+    errors = (guess - model.target(tokens)).square().mean(-1)
 
     # A normalized patch is shown with its true mean and deviation, as in MAE's demo.
     if model.config.target == "normalized":
         deviation = (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
         guess = guess * deviation + tokens.mean(-1, keepdim=True)
     pixels = torch.where((ranks == 0)[..., None], tokens, guess)
-    return photos(randsac.unpatchify(pixels, P)), errors, zeros
+    return photos(randsac.unpatchify(pixels, P)), errors
 
 
-def draw_predictions(model, images, ranks, labels):
-    """Images float [B,3,H,W], ranks [B,N], a label for each image."""
-    predicted, errors, _ = predict(model, images, ranks)
+def draw_predictions(shown):
+    """What the model predicts from the segments that are known."""
+    images, labels = shown.images
+    predicted, errors = predict(shown.model, images[:5], shown.ranks[:5])
     worst = errors.nan_to_num(0).max().item()
     heats = blend(errors.nan_to_num(0) / max(worst, 1e-9))  # [B,N,3]
     rows = []
-    for i, photo in enumerate(photos(images)):
-        grid = as_grid(ranks[i])
+    for i, photo in enumerate(photos(images[:5])):
+        grid = as_grid(shown.ranks[i])
         last = grid.max().item()
-        steps = some_steps(last, 4)
+        steps = torch.linspace(1, last, min(last, 4)).round().int().tolist()
 
         # What is given, some of the steps, all that they predict, and how far off it is.
         given = reveal(photo, grid == 0)
         row = [(labels[i][:14], photo), ("given", given)]
         for step in steps:
-            shown = reveal(predicted[i], grid == step, reveal(photo, grid < step))
-            row.append((f"rank {step} of {last}", shown))
+            known = reveal(photo, grid < step)
+            row.append((f"rank {step} of {last}", reveal(predicted[i], grid == step, known)))
         row.append(("all predicted", reveal(predicted[i], grid > 0, given)))
         row.append((f"error {errors[i].nanmean():.2f}", reveal(as_grid(heats[i]), grid > 0)))
         row = [(words, enlarge(cells, column(8))) for words, cells in row]
         for step, (_, image) in zip(steps, row[2:]):
             outline(image, grid == step, RED, 4)
         rows.append(row)
-    rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}", 600)])
+    rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}")])
     note = """The outlined tokens are predicted from the true pixels shown. What is grey is not
-        known yet, or in the picture of the error: given."""
-    if model.config.target == "normalized":
+        known yet or, where the error is shown, given."""
+    if shown.model.config.target == "normalized":
         note += " Each patch has its true mean and contrast, which the model does not predict."
     return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
 
 
-@torch.no_grad()
-def draw_skips(model):
-    """The weights W of Section 4.2."""
-    check(model.config.skip, "the model has no skip connections: train one without --no-skip")
+def draw_skips(shown):
+    """How much each decoder layer reads from each encoder layer."""
+    check(shown.model.config.skip, "the model has no skip connections: train without --no-skip")
     # White is zero. A row and a column for names come before the weights.
-    W = model.skip
+    W = shown.model.skip.detach()
     scaled = W / W.abs().max().clamp(min=1e-9)
     cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
     labels = [["", *(f"H[{k + 1}]" for k in range(W.shape[1]))]]
     for i, row in enumerate(W.tolist()):
         labels.append([f"Z[{i + 1}]", *(f"{weight:.2f}" for weight in row)])
-    image = enlarge(cells, column(1), 56 * len(cells))
-    write_in_cells(image, cells, labels)
-    note = """Decoder layer l reads Z[l], the sum of the encoder layers' outputs H[k], weighted by
-        W[l,k]. Before training, the weight of the last encoder layer was 1 and all others were 0.
-        Orange: above zero. Blue: below zero."""
+    image = numbered(cells, min(column(1), 110 * len(labels[0])), labels)
+    note = """Decoder layer l reads Z[l], the sum of the encoder layers' outputs H[k] with these
+        weights. Before training, that of the last layer was 1 and all others were 0."""
     return sheet("Trainable skip connections (Section 4.2)", note, [[("", image)]])
 
 
 @torch.no_grad()
-def attention_weights(model, image, ranks=None):
-    """Image float [3,H,W], ranks [N] -> weights [h,N,N] of each attention as the model predicts: of
-    the encoder layers, then of each decoder layer's self- and cross-attention. Without ranks: of
-    the encoder layers as it encodes, without a mask."""
+def attention_weights(model, run, *inputs):
+    """-> weights [h,N,N] of each attention of the model as it does run(*inputs), in order: of the
+    encoder layers, then of each decoder layer's self- and cross-attention."""
     found = []
 
     def note(attention, inputs, output):
@@ -534,81 +493,77 @@ def attention_weights(model, image, ranks=None):
 
     parts = [part for part in model.modules() if isinstance(part, randsac.Attention)]
     hooks = [part.register_forward_hook(note) for part in parts]
-    if ranks is None:
-        model.encode(image[None])
-    else:
-        model.predict(image[None], ranks[None])
+    run(*inputs)
     for hook in hooks:
         hook.remove()
     return found
 
 
-def draw_attention(model, image, ranks, token=None):
-    """Image float [3,H,W], ranks [N]: where a token looks, in every head of every layer."""
-    if token is None:  # the first of a middle rank: some segments are hidden from it
-        token = (ranks == ranks.max() // 2).nonzero()[0].item()
-    N = len(ranks)
+def draw_attention(shown):
+    """Where a token looks, in every head of every layer."""
+    model = shown.model
+    image = shown.images[0][:1]  # [1,3,H,W]
+    ranks = shown.ranks[0]
+    # By default the first of a middle rank: some segments are hidden from it.
+    middle = (ranks == ranks.max() // 2).nonzero()[0].item()
+    token = shown.flags.get("token", middle)
     L = model.config.depth
     heads = model.config.heads
-    check(0 <= token < N, f"--token {token} is not one of the tokens 0 to {N - 1}")
+    check(0 <= token < len(ranks), f"there is no --token {token}: the last is {len(ranks) - 1}")
 
-    # What was trained to predict, the encoder as it is probed, and what each of them may look at.
-    masked = attention_weights(model, image, ranks)
-    free = attention_weights(model, image)
+    # The model as it was trained, the encoder as it is probed, and what each of them may look at.
+    trained = attention_weights(model, model.predict, image, ranks[None])
+    probed = attention_weights(model, model.encode, image)
     source, target, memory = randsac.attention_masks(ranks)  # [N,N] each
-    kinds = [
-        ("encoder in pre-training, masked", masked[:L], source),
-        ("encoder in probing, not masked", free, torch.ones_like(source)),
-        ("decoder, self-attention: what else is asked for", masked[L::2], target),
-        ("decoder, cross-attention: what is known", masked[L + 1 :: 2], memory),
-    ]
-    if ranks[token] == 0:  # the decoder is never asked for it
-        kinds = kinds[:2]
+    kinds = {
+        "encoder in pre-training, masked": (trained[:L], source),
+        "encoder in probing, not masked": (probed, torch.ones_like(source)),
+        "decoder, self-attention: what else is asked for": (trained[L::2], target),
+        "decoder, cross-attention: what is known": (trained[L + 1 :: 2], memory),
+    }
 
-    # A row of maps for each layer, one for each head.
-    here = as_grid(torch.arange(N) == token)
+    # A row of maps for each layer, one for each head. Above them: which token it is.
+    here = as_grid(torch.arange(len(ranks)) == token)
     panels = []
-    for words, layers, mask in kinds:
+    for words, (layers, mask) in kinds.items():
         maps = []
         for weights in torch.cat(layers)[:, token]:  # [N]
-            cells = reveal(blend(as_grid(weights / weights.max())), as_grid(mask[token]))
-            maps.append(outline(enlarge(cells, column(2 * heads)), here, RED, 3))
+            cells = blend(as_grid(weights / weights.max()))
+            seen = reveal(cells, as_grid(mask[token]))
+            maps.append(outline(enlarge(seen, column(2 * heads)), here, RED, 3))
         panels.append((words, tile(maps, heads)))
-
-    # Above them: which token it is.
-    top = [("", enlarge(photos(image[None])[0], 240)), ("", token_map(ranks, 240))]
-    for _, picture in top:
-        outline(picture, here, RED, 4)
-    note = f"""Each map shows how much the outlined token (of rank {ranks[token]}) attends to every
-        other: a row of maps for each layer, the first on top, a column for each head. Grey: the
-        mask hides it. Each map has a scale of its own."""
-    legend = [swatch("weight: 0 ... largest of the map", 400)]
-    rows = [row for row in (top, panels[:2], panels[2:], legend) if row]
+    [photo] = photos(image)
+    top = [("", outline(enlarge(photo, 240), here, RED, 4))]
+    top.append(("", outline(token_map(ranks, 240), here, RED, 4)))
+    note = f"""How much the outlined token (of rank {ranks[token]}) attends to every other, in a row
+        for each layer, the first on top, and a column for each head. Grey: the mask hides it."""
+    rows = [top, panels[:2], panels[2:], [swatch("weight: 0 ... largest of the map")]]
     return sheet("Where a token looks (Section 4.1)", note, rows)
 
 
-def draw_loss_by_rank(model, config, images, ranks):
-    """Images float [B,3,H,W], ranks [B,N] as config says: the mean error of tokens of each rank."""
+def draw_loss_by_rank(shown):
+    """The more is known around a token, the better it is predicted."""
+    images, _ = shown.images
+    config = shown.config
+    ranks = shown.ranks[: len(images)]
     parts = zip(images.split(32), ranks.split(32))
-    found = [torch.stack(predict(model, *part)[1:]) for part in parts]
-    errors, zeros = torch.cat(found, 1)  # [B,N] each
-    steps = list(range(1, ranks.max() + 1))
-    losses = [errors[ranks == step].mean().item() for step in steps]
-    zero = zeros[ranks > 0].mean().item()
-    series = [Series(steps, losses, BLUE, "bars")]
-    ends = [0.6, len(steps) + 0.4]
-    series.append(Series(ends, [zero, zero], RED, "line", f"predicting zero: {zero:.3g}"))
-    note = f"""The mean over {len(images)} images, each in an order of its own. The more is
-        known, the lower is the loss."""
+    errors = torch.cat([predict(shown.model, *part)[1] for part in parts])  # [B,N]
+    tokens = randsac.patchify(images, config.patch_size)
+    zero = shown.model.target(tokens).square().mean().item()
+    last = ranks.max().item()
+    losses = {step: errors[ranks == step].mean().item() for step in range(1, last + 1)}
+    series = [("bars", losses, BLUE, "")]
+    series.append(("line", {1: zero, last: zero}, RED, f"predicting zero: {zero:.3g}"))
+    note = f"Mean over {len(images)} images. The more is known, the lower is the loss."
 
     # Partitions of squares begin at the same ranks in all images.
+    marks = []
     if config.segments == "square" and len(config.hierarchy) > 1:
-        note += """ It jumps where a new partition begins (grey lines): there, few neighbours of a
-            segment are known yet, or none."""
+        note += """ It jumps where a new partition begins (grey lines): there, few neighbours are
+            known yet, or none."""
         each = config.hierarchy[0] // config.hierarchy[1]
-        for step in range(each, len(steps) + 1, each):
-            series.append(Series([step - 0.5, step - 0.5], [0, zero], DIM, "line"))
-    image = chart(column(1), 760, series, "rank", "mean squared error of a token")
+        marks = [step - 0.5 for step in range(each, last + 1, each)]
+    image = chart(760, series, "rank", "mean squared error of a token", marks=marks)
     return sheet("Context helps: loss by rank (Section 3)", note, [[("", image)]])
 
 
@@ -619,14 +574,20 @@ def unit_vectors(model, images):
     return F.normalize(model.encode(x).mean(1), dim=1), F.normalize(x.flatten(1), dim=1)
 
 
-def draw_neighbours(model, images, labels, others, names, among):
-    """Images uint8 [Q,3,H,W] with a label each: which of the others, with names, are the nearest.
-    Those that equal an image, such as itself, are left out. `among`: words for the others."""
-    features, pixels = unit_vectors(model, images)
+def draw_neighbours(shown):
+    """What the model's features find alike, and what raw pixels do."""
+    model = shown.model
+    images, labels = shown.images
+    count = len(set(labels[:4]))  # --image gives the same one several times
+    asked = photos(images[:count]).movedim(-1, 1)
+    others, classes, names = randsac.load_images(shown.config, train=True)
+    among = torch.linspace(0, len(others) - 1, min(len(others), SEARCHED)).long()
+
+    # Cosines with all others, in parts that fit in memory. What equals an image is left out.
+    features, pixels = unit_vectors(model, asked)
     cosines = []
-    parts = others.split(max(1, 4096 // model.config.tokens))  # all at once may not fit in memory
-    for part in tqdm(parts, "neighbours", unit="part"):
-        x, y = unit_vectors(model, part)
+    for part in tqdm(among.split(max(1, 4096 // model.config.tokens)), "neighbours", disable=None):
+        x, y = unit_vectors(model, others[part])
         cosines.append(torch.stack([features @ x.T, pixels @ y.T]))
     cosines = torch.cat(cosines, 2)  # [2,Q,n]
     cosines = cosines.masked_fill(cosines[1] > 1 - 1e-5, -torch.inf)
@@ -634,107 +595,100 @@ def draw_neighbours(model, images, labels, others, names, among):
     check(enough, f"it shows {NEAREST} other training images, and there are {len(others)} in all")
 
     # Where there are labels, a frame tells the same class.
-    labelled = len(set(names)) > 1 and labels[0] in names
+    labelled = len(names) > 1 and labels[0] in names
     width = column(NEAREST + 2)
     rows = []
-    for i, image in enumerate(images):
+    for i, image in enumerate(asked):
         tiles = []
-        for k in cosines[:, i].topk(NEAREST).indices.flatten().tolist():
+        for k in among[cosines[:, i].topk(NEAREST).indices.flatten()].tolist():
             tiles.append(enlarge(others[k].movedim(0, -1), width))
-            if labelled and names[k] == labels[i]:
+            if labelled and names[classes[k]] == labels[i]:
                 outline(tiles[-1], torch.ones(1, 1), GREEN, 8)
         large = enlarge(image.movedim(0, -1), 2 * width + GAP)
         words = "nearest by features, and below by raw pixels"
         rows.append([(labels[i][:28], large), (words, tile(tiles, NEAREST))])
-    note = f"""The {NEAREST} nearest of {among}, by the cosine between the model's features
-        and, below, between raw pixels."""
+    note = f"""The {NEAREST} nearest of {len(among)} training images, by the cosine between the
+        model's features and, below, between raw pixels."""
     if labelled:
         note += " A green frame marks the same class. The model saw no labels."
     return sheet("What the features find alike (Section 5.1)", note, rows)
 
 
+def read_rows(path):
+    """Rows of a .jsonl file, if there is one, without a last row that is half written."""
+    try:
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as the log of a run: {error}") from error
+
+
 def probed(row):
-    """A row of probes.jsonl -> its protocol, and what was probed."""
-    if row["features"] == "pixels":
-        return row["protocol"], "raw pixels"
-    return row["protocol"], "untrained" if row["random_init"] else "trained"
+    """A row of probes.jsonl -> on which images it was measured, and what was probed how."""
+    what = {"encoder": "trained", "pixels": "raw pixels"}.get(row["features"], row["features"])
+    if row["random_init"]:
+        what = "untrained"
+    place = f"{row['dataset']} {row['data_dir'][-80:]}".strip()
+    return place, f"{row['protocol']}\n{what}"
 
 
-def place_of(row):
-    """A row of probes.jsonl -> on which images it was measured."""
-    return row["data_dir"] if row["dataset"] == "folder" else row["dataset"]
-
-
-def over_steps(rows, key, colour, style, label=""):
-    """Rows of metrics.jsonl -> a series of what those have that have this key."""
-    points = {row["step"]: row[key] for row in rows if key in row}
-    return Series(list(points), list(points.values()), colour, style, label)
-
-
-def draw_curves(runs):
-    """A list of (directory of a run, rows of its metrics.jsonl, rows of its probes.jsonl)."""
-    check(len(runs) <= len(HUES), f"{len(runs)} runs do not all have a colour: name fewer")
+def draw_curves(shown):
+    """How training went, and what the features are worth."""
+    hues = dict(zip(shown.runs, itertools.cycle(HUES)))
     losses = []
-    for hue, (run, rows, _) in zip(HUES, runs):
+    probes = collections.defaultdict(dict)  # {place: {(run, kind): top-1}}, where the last counts
+    for run, hue in hues.items():
+        rows = read_rows(run / "metrics.jsonl")
+        check(rows, f"{run} has no step logged yet: wait a little, or name another directory")
         # The first losses are so high that all later ones would look alike.
         late = [row for row in rows if row["step"] > 0.02 * rows[-1]["step"]]
-        losses.append(over_steps(late, "loss", hue, "line", str(run)[-100:]))
-        losses.append(over_steps(rows, "held_out_loss", hue, "dots"))
-    charts = [chart(column(1), 660, losses, "step", "loss, without the first 2 % of the steps")]
+        line = {row["step"]: row["loss"] for row in late}
+        losses.append(("line", line, hue, str(run)[-100:]))
+        dots = {row["step"]: row["held_out_loss"] for row in late if "held_out_loss" in row}
+        losses.append(("dots", dots, hue, ""))
+        for row in read_rows(run / "probes.jsonl"):
+            place, kind = probed(row)
+            if row["protocol"] != "layers":  # of which there is a picture
+                probes[place][run, kind] = row["top1"]
+    charts = [chart(660, losses, "step", "loss, without the first 2 % of the steps")]
 
-    # A chart of the probes on each data set. Each layer's probe has a picture of its own.
-    probes = [[row for row in rows if row["protocol"] != "layers"] for _, _, rows in runs]
-    for place in sorted({place_of(row) for rows in probes for row in rows}):
-        top1 = [
-            {probed(row): row["top1"] for row in rows if place_of(row) == place} for rows in probes
-        ]
-        kinds = sorted(set().union(*top1))
+    # A chart of the probes on each data set.
+    for place, found in sorted(probes.items()):
+        kinds = sorted({kind for _, kind in found})
         bars = []
-        for hue, values in zip(HUES, top1):
-            xs = [kinds.index(kind) for kind in values]
-            bars.append(Series(xs, list(values.values()), hue, "bars"))
-        names = dict(enumerate("\n".join(kind) for kind in kinds))
-        charts.append(chart(column(1), 520, bars, "", f"probes of {place[-90:]}, top-1 %", names))
-    note = """Lines: the loss on random crops of training images. Dots: on whole held-out images,
-        which may be harder or easier. Untrained: the same encoder with random weights."""
-    rows = [[("", image)] for image in charts]
-    return sheet("Loss and probes (Sections 5 and 5.1)", note, rows)
+        for run, hue in hues.items():
+            top1 = {x: found[run, kind] for x, kind in enumerate(kinds) if (run, kind) in found}
+            bars.append(("bars", top1, hue, ""))
+        names = dict(enumerate(kinds))
+        charts.append(chart(520, bars, "", f"probes of {place}, top-1 %", names))
+    note = "Lines: random crops of training images. Dots: whole held-out images."
+    return sheet("Loss and probes (Sections 5 and 5.1)", note, [[("", image)] for image in charts])
 
 
-def draw_layers(probes):
-    """Rows of probes.jsonl: how good the features of each encoder layer are."""
-    rows = [row for row in probes if row["protocol"] == "layers"]
+def draw_layers(shown):
+    """What the features of each encoder layer are worth."""
+    rows = read_rows(shown.runs[0] / "probes.jsonl")
+    rows = [row for row in rows if row["protocol"] == "layers"]
     trained = [row for row in rows if not row["random_init"]]
     check(trained, "its layers are not probed yet: use probe.py with --protocol layers")
     last = trained[-1]
-    floors = [row for row in rows if row["random_init"] and place_of(row) == place_of(last)]
+    place, _ = probed(last)
+    floors = [row for row in rows if row["random_init"] and probed(row)[0] == place]
     note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
     if not floors:
         note += " For that of an untrained encoder, use probe.py --protocol layers --random-init."
-    xs = list(range(1, len(last["layers"]) + 1))
+    bars = {"linear": last["layers"], "kNN": last["layers_knn"]}
+    for row in floors[-1:]:
+        bars |= {"linear, untrained": row["layers"], "kNN, untrained": row["layers_knn"]}
     series = []
-    for key, name, colour, pale in (
-        ("layers", "linear", BLUE, PALE_BLUE),
-        ("layers_knn", "kNN", ORANGE, PALE_ORANGE),
-    ):
-        series.append(Series(xs, last[key], colour, "bars", name))
-        if floors:
-            series.append(Series(xs, floors[-1][key], pale, "bars", f"{name}, untrained"))
-    image = chart(column(1), 760, series, "layer", f"top-1 % on {place_of(last)[-90:]}")
+    for hue, (name, top1) in zip((BLUE, ORANGE, "#A9CFE5", "#F5DDA8"), bars.items()):
+        series.append(("bars", dict(enumerate(top1, 1)), hue, name))
+    image = chart(760, series, "layer", f"top-1 % on {place}")
     return sheet("Probes by depth (Section 5.1)", note, [[("", image)]])
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. The explorer: assets/explore.html, filled with orders and with what a model predicts
-
-
-def flag_words(settings):
-    """-> what to type for them, as --hierarchy 16 4."""
-    words = []
-    for name, value in settings.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words += [flag_name(name), *values]
-    return words
+# 4. The explorer: assets/explore.html, filled with orders and with what a model predicts
 
 
 def data_uri(photo):
@@ -746,75 +700,117 @@ def data_uri(photo):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def explorer_data(strategies, config, model, name, images, ranks, labels):
-    """Strategies {title: settings}; a Config, whose sizes count; a model and its name, or None;
-    images float [B,3,H,W], ranks [B,N] and labels, of which four are shown -> what the page is
-    filled with."""
-    data = {"strategies": [], "image": data_uri(photos(images[:1])[0]), "model": None}
+def draw_explore(shown):
+    """A page to touch: orders, masks and, of a trained model, predictions."""
+    config = shown.config
+    images, labels = shown.images
+    [photo] = photos(images[:1])
+    data = {"strategies": [], "image": data_uri(photo), "model": None}
     sizes = ("dim", "depth", "decoder_depth", "patch_size")
     data["size"] = {size: getattr(config, size) for size in sizes}
-    for i, (title, settings) in enumerate(strategies.items()):
+    for i, (title, settings) in enumerate(strategies(shown).items()):
         strategy = Config(**settings)
         orders = sample_ranks(strategy, 8, generator=seeded("cpu", config.seed, i))
-        entry = {"name": title, "flags": " ".join(map(str, flag_words(settings)))}
+        flags = " ".join(f"{flag_name(name)} {value}" for name, value in settings.items())
+        entry = {"name": title, "flags": re.sub(r"[](),[]", "", flags)}
         entry.update(grid=strategy.grid, levels=strategy.hierarchy, patch_size=strategy.patch_size)
         entry["ranks"] = list(dict.fromkeys(map(tuple, orders.tolist())))  # raster has one order
         data["strategies"].append(entry)
 
     # What the model predicts, each segment from true pixels.
-    if model:
-        data["model"] = {"name": name, "images": []}
-        predicted, errors, _ = predict(model, images[:4], ranks[:4])
+    if shown.model:
+        data["model"] = {"name": shown.runs[0].resolve().name, "images": []}
+        predicted, errors = predict(shown.model, images[:4], shown.ranks[:4])
         for i, photo in enumerate(photos(images[:4])):
             numbers = [round(e, 3) if math.isfinite(e) else None for e in errors[i].tolist()]
-            entry = {"label": labels[i], "grid": config.grid, "ranks": ranks[i].tolist()}
+            entry = {"label": labels[i], "grid": config.grid, "ranks": shown.ranks[i].tolist()}
             entry.update(image=data_uri(photo), predicted=data_uri(predicted[i]), errors=numbers)
             data["model"]["images"].append(entry)
-    return data
 
-
-def fill_page(data):
-    """-> explore.html with its data."""
-    path = Path(__file__).with_name("assets") / "explore.html"
-    check(path.exists(), f"{path} is missing: take it from a fresh copy of the project")
+    page = Path(__file__).with_name("assets").joinpath("explore.html").read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # so no label ends the script
-    return path.read_text(encoding="utf-8").replace(">{}</script>", f">{text}</script>")
+    return page.replace(">{}</script>", f">{text}</script>")
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. From the command line to pictures
+# 5. From the command line to pictures
 
-FIGURES = ["segments", "hierarchy", "order", "masks"]  # 1 to 4 of the paper
-OF_MODELS = ["predictions", "neighbours", "loss-by-rank", "attention", "skips"]
-# What index.html says of each picture, in its order.
-CAPTIONS = {
-    "explore": "A page to touch: orders, masks and, of a trained model, predictions.",
-    "segments": "The strategies of the paper differ only in the rank that each token gets.",
-    "hierarchy": "A hierarchical order finishes a partition before it begins the next.",
-    "order": "One image, predicted segment by segment.",
-    "masks": "The three attention masks are three comparisons of ranks.",
-    "predictions": "What the model predicts from the segments that are known.",
-    "neighbours": "What the model's features find alike, and what raw pixels do.",
-    "loss-by-rank": "The more is known around a token, the better it is predicted.",
-    "attention": "Where a token looks, in every head of every layer.",
-    "skips": "How much each decoder layer reads from each encoder layer.",
-    "curves": "How training went, and what the features are worth.",
-    "layers": "What the features of each encoder layer are worth.",
-}
-PICTURES = list(CAPTIONS)
-SHOW_IMAGES = {"segments", "order", "explore", *OF_MODELS} - {"skips"}
-ENDINGS = {"order": "gif", "explore": "html"}
-SHOWN = 512  # images at most: the first few for pictures, all for loss-by-rank
+SHARED_FLAGS = (*ORDER_FLAGS, "dataset", "data_dir")  # with randsac.py
+MOST = 512  # images at most: the first few for pictures, all for loss-by-rank
 NEAREST = 6  # neighbours shown
 SEARCHED = 5_000  # training images that neighbours are looked for among, at most
+FIGURES = (draw_segments, draw_hierarchy, draw_order, draw_masks)  # 1 to 4 of the paper
+OF_MODELS = (draw_predictions, draw_neighbours, draw_loss_by_rank, draw_attention, draw_skips)
+OF_RUNS = (draw_curves, draw_layers)
+PICTURES = {}
+for function in (draw_explore, *FIGURES, *OF_MODELS, *OF_RUNS):
+    PICTURES[function.__name__[5:].replace("_", "-")] = function
+ENDINGS = {"order": "gif", "explore": "html"}
 INDEX = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>RandSAC</title>\n'
+
+
+class Shown:
+    """What pictures show, as flags {name: value} and directories of runs say."""
+
+    def __init__(self, flags, runs=()):
+        self.flags = flags
+        self.runs = list(runs)
+        self.model = None
+        given = {name: flags[name] for name in SHARED_FLAGS if name in flags}
+        if "checkpoint" in flags:
+            check("image_size" not in flags, "--image-size is the checkpoint's: leave it out")
+            self.runs.insert(0, flags["checkpoint"].parent)
+            self.model, trained = randsac.load_model(flags["checkpoint"])
+            self.config = randsac.with_flags(trained, given)
+        else:
+            self.config = Config(**given)
+        generator = seeded("cpu", self.config.seed)
+        self.ranks = sample_ranks(self.config, MOST, generator=generator)  # [MOST,N]
+
+    @functools.cached_property
+    def images(self):
+        """Float [n,3,S,S], the first ones of different classes, and a label for each. They are read
+        when a picture first asks for them, as many need none."""
+        flags = self.flags
+        config = self.config
+        size = config.image_size
+        if self.model is None:  # no model minds: the larger, the nicer
+            size = config.grid * math.ceil(128 / config.grid)
+
+        # A shipped checkpoint has a few images beside it, for a machine without its data set.
+        paths = []
+        if "image" in flags:
+            paths = [flags["image"]] * 5
+        elif self.model and flags.keys().isdisjoint(("dataset", "data_dir")):
+            beside = sorted(flags["checkpoint"].parent.glob("images/*.png"), reverse=True)
+            if beside and not any(Path(config.data_dir).glob("cifar-10-*")):
+                where = f"CIFAR-10 is not in {config.data_dir}/ (--dataset cifar10 downloads it)"
+                print(f"{where}: the images in {beside[0].parent}/ are shown")
+                paths = beside
+        if paths:
+            found = [torch.tensor(randsac.decode_image(path, size)) for path in paths]
+            return randsac.normalize(torch.stack(found), size), [path.stem for path in paths]
+
+        if self.model is None and "dataset" not in flags:
+            images, labels, classes = randsac.draw_shapes(12, size, seed=6)
+        else:
+            images, labels, classes = randsac.load_images(config, train=False)
+        if len(images) == 0:
+            images, labels, classes = randsac.load_images(config, train=True)
+            print(f"{config.data_dir} has no held-out images: training images are shown")
+
+        # In random order, but first one of each class.
+        names = [classes[label] for label in labels.tolist()]
+        order = torch.randperm(len(names), generator=seeded("cpu", config.seed, 1)).tolist()
+        firsts = {names[i]: i for i in reversed(order)}
+        order = list(dict.fromkeys([*firsts.values(), *order]))[:MOST]
+        return randsac.normalize(images[order], size), [names[i] for i in order]
 
 
 def read_arguments(arguments):
     """-> the words of the command line, and {flag: value} of the flags that were given."""
     fields = {field.name for field in dataclasses.fields(Config)}
-    shown = {*ORDER_FLAGS, "dataset", "data_dir"}
-    parser = randsac.make_parser(__doc__, leave_out=fields - shown)
+    parser = randsac.make_parser(__doc__, fields.difference(SHARED_FLAGS))
     add = parser.add_argument
     path = randsac.user_path
     pictures = f"{', '.join(PICTURES)}, all; with curves also directories of runs"
@@ -827,117 +823,9 @@ def read_arguments(arguments):
     return flags.pop("pictures"), flags
 
 
-def read_config(flags):
-    """-> the model or None, and Config: that of the model, with the flags that were given."""
-    given = {name: flags[name] for name in (*ORDER_FLAGS, "dataset", "data_dir") if name in flags}
-    if "checkpoint" not in flags:
-        return None, Config(**given)
-    check("image_size" not in flags, "--image-size is the checkpoint's: leave it out")
-    model, trained = randsac.load_model(flags["checkpoint"])
-    return model, randsac.with_flags(trained, given)
-
-
-def choose_images(flags, config, model):
-    """-> images float [n,3,S,S], the first ones of different classes, and a label for each."""
-    size = config.image_size
-    if model is None:  # no model minds: the larger, the nicer
-        size = config.grid * math.ceil(128 / config.grid)
-    if "image" in flags:
-        image = torch.tensor(randsac.decode_image(flags["image"], size))
-        return randsac.normalize(image.expand(5, -1, -1, -1), size), [flags["image"].name] * 5
-
-    # A shipped checkpoint has a few images beside it, for a machine without its data set.
-    beside = []
-    if model and flags.keys().isdisjoint(("dataset", "data_dir")):
-        beside = sorted(flags["checkpoint"].parent.glob("images/*.png"), reverse=True)
-    if beside and not any(Path(config.data_dir).glob("cifar-10-*")):
-        where = f"CIFAR-10 is not in {config.data_dir}/ (--dataset cifar10 downloads it)"
-        print(f"{where}: the images in {beside[0].parent}/ are shown")
-        images = torch.stack([torch.tensor(randsac.decode_image(path, size)) for path in beside])
-        return randsac.normalize(images, size), [path.stem for path in beside]
-
-    if model is None and "dataset" not in flags:
-        images, labels, classes = randsac.draw_shapes(12, size, seed=6)
-    else:
-        images, labels, classes = randsac.load_images(config, train=False)
-    if len(images) == 0:
-        images, labels, classes = randsac.load_images(config, train=True)
-        print(f"{config.data_dir} has no held-out images: training images are shown")
-
-    # In random order, but first one of each class.
-    names = [classes[label] for label in labels.tolist()]
-    order = torch.randperm(len(names), generator=seeded("cpu", config.seed, 1)).tolist()
-    firsts = {names[i]: i for i in reversed(order)}
-    order = list(dict.fromkeys([*firsts.values(), *order]))[:SHOWN]
-    return randsac.normalize(images[order], size), [names[i] for i in order]
-
-
-def choose_others(config):
-    """-> training images uint8 [n,3,H,W] among which to look for neighbours, their classes, and
-    words for them."""
-    images, labels, classes = randsac.load_images(config, train=True)
-    n = len(images)
-    kept = torch.linspace(0, n - 1, min(n, SEARCHED)).long()
-    among = f"{len(kept)} training images"
-    if n > SEARCHED:
-        among += f", evenly spread over all {n}"
-    return images[kept], [classes[label] for label in labels[kept].tolist()], among
-
-
-def read_rows(path):
-    """Rows of a .jsonl file, without a last one that is half written. None where it is missing."""
-    try:
-        return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as the log of a run: {error}") from error
-
-
-def read_run(folder):
-    """Directory of a run -> rows of its metrics.jsonl, rows of its probes.jsonl if there is one."""
-    rows = read_rows(folder / "metrics.jsonl")
-    check(rows, f"{folder} has no step logged yet: wait a little, or name another directory")
-    probes = folder / "probes.jsonl"
-    return rows, read_rows(probes) if probes.exists() else []
-
-
-def draw(name, model, config, images, labels, ranks, runs, flags):
-    """-> the picture of that name: an image, frames of a GIF, or a page of HTML."""
-    check(model or name not in OF_MODELS, "it shows what a model does: give its --checkpoint")
-    check(runs or name not in ("curves", "layers"), "it shows a run: give the --checkpoint of one")
-    strategies = STRATEGIES
-    if not flags.keys().isdisjoint(ORDER_FLAGS):
-        strategies = with_yours(config)
-    if name == "segments":
-        return draw_segments(photos(images[:1])[0], strategies, config.seed)
-    if name == "hierarchy":
-        return draw_hierarchy(config)
-    if name == "order":
-        predicted = predict(model, images[:1], ranks[:1])[0][0] if model else None
-        return draw_order(photos(images[:1])[0], ranks[0], predicted)
-    if name == "masks":
-        return draw_masks(ranks[0])
-    if name == "predictions":
-        return draw_predictions(model, images[:5], ranks[:5], labels)
-    if name == "neighbours":
-        count = len(set(labels[:4]))  # --image gives the same one several times
-        asked = photos(images[:count]).movedim(-1, 1)
-        return draw_neighbours(model, asked, labels, *choose_others(config))
-    if name == "loss-by-rank":
-        return draw_loss_by_rank(model, config, images, ranks)
-    if name == "attention":
-        return draw_attention(model, images[0], ranks[0], flags.get("token"))
-    if name == "skips":
-        return draw_skips(model)
-    if name == "curves":
-        return draw_curves([(run, *read_run(run)) for run in runs])
-    if name == "layers":
-        return draw_layers(read_run(runs[0])[1])
-    title = runs[0].resolve().name if model else ""
-    return fill_page(explorer_data(strategies, config, model, title, images, ranks, labels))
-
-
 def save(picture, path):
     """Writes a page of HTML, the frames of a GIF, or an image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with randsac.write_whole(path) as file:
         if path.suffix == ".html":
             file.write(picture.encode())
@@ -952,47 +840,36 @@ def save(picture, path):
 
 def main(arguments):
     words, flags = read_arguments(arguments)
-    model, config = read_config(flags)
     everything = "all" in words or (not words and "checkpoint" in flags)
     names = [word for word in words if word in PICTURES]
     if everything:
-        names = PICTURES
+        names = list(PICTURES)
     elif not words:
-        names = FIGURES
+        names = [name for name, function in PICTURES.items() if function in FIGURES]
     runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
     for run in runs:
         known = "curves" in names
         check(known, f"there is no picture {run}: choose from {', '.join(PICTURES)}, all")
-    if model:
-        runs.insert(0, flags["checkpoint"].parent)
-
-    # What the pictures show. Pictures of runs, masks or weights need no images, and load none.
-    images = None
-    labels = None
-    ranks = sample_ranks(config, SHOWN, generator=seeded("cpu", config.seed))
-    if not SHOW_IMAGES.isdisjoint(names):
-        images, labels = choose_images(flags, config, model)
-        ranks = ranks[: len(images)]
+    shown = Shown(flags, runs)
 
     # With "all", what cannot be drawn is left out.
     out = flags.get("out", Path("figures"))
-    out.mkdir(parents=True, exist_ok=True)
     index = INDEX
     for name in names:
+        draw = PICTURES[name]
         path = out / f"{name}.{ENDINGS.get(name, 'png')}"
         try:
-            picture = draw(name, model, config, images, labels, ranks, runs, flags)
+            check(shown.model or draw not in OF_MODELS, "it needs a --checkpoint")
+            check(shown.runs or draw not in OF_RUNS, "it needs a run, or its --checkpoint")
+            picture = draw(shown)
         except UserError as error:
             check(everything, f"cannot draw {name}: {error}")
             print(f"skipped {name}: {error}")
             continue
         save(picture, path)
-        if name == "explore":
-            index += f'<p><a href="{path.name}">{CAPTIONS[name]}</a></p>\n'
-        else:
-            index += (
-                f'<p><img src="{path.name}" width="800" alt="{name}"><br>{CAPTIONS[name]}</p>\n'
-            )
+        index += f'<p><a href="{path.name}">{draw.__doc__}</a></p>\n'
+        if name != "explore":
+            index += f'<img src="{path.name}" width="800" alt="{name}">\n'
 
     if everything:
         save(index, out / "index.html")

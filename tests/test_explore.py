@@ -131,7 +131,7 @@ def test_template_has_one_place_for_data_and_needs_no_network():
 def test_the_shipped_page_is_what_the_command_writes(folder):
     written = data_of((folder / "explore.html").read_text(encoding="utf-8"))
     shipped = data_of(SHIPPED)
-    assert visualize.fill_page(shipped) == SHIPPED
+    assert SHIPPED == TEMPLATE.replace(">{}</script>", f">{json.dumps(shipped)}</script>")
     assert len(SHIPPED.encode()) < 1_500_000
 
     # Predictions are alike to rounding, whichever machine made them; all else is the same.
@@ -146,9 +146,8 @@ def test_the_shipped_page_is_what_the_command_writes(folder):
 
 def test_images_beside_a_checkpoint_stand_in_for_its_data_set(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    _, config = randsac.load_model(CHECKPOINT)
     flags = {"checkpoint": CHECKPOINT}
-    images, labels = visualize.choose_images(flags, config, True)
+    images, labels = visualize.Shown(flags).images
     for image, label in zip(images, labels, strict=True):
         photo = np.asarray(Image.open(CHECKPOINT.parent / "images" / f"{label}.png"))
         assert (visualize.photos(image[None]).numpy() == photo).all()
@@ -158,7 +157,7 @@ def test_images_beside_a_checkpoint_stand_in_for_its_data_set(tmp_path, monkeypa
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar")
     for given in ({"dataset": "cifar10"}, {"data_dir": "data"}, {}):
         with pytest.raises(randsac.UserError, match="cannot be had"):
-            visualize.choose_images({**flags, **given}, config, True)
+            _ = visualize.Shown(flags | given).images
         (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True, exist_ok=True)
 
 
