@@ -665,12 +665,16 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description, leave_out=()):
     """A parser with a flag for each field of Config. What is not given is not in its result."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     for field in dataclasses.fields(Config):
         if field.name in leave_out:
             continue
-        how = {**field.metadata, "default": argparse.SUPPRESS}
+        how = dict(field.metadata)
         if field.default not in (None, "", True, False):
             how["help"] += f" (default: {field.default})"
         if field.type is bool:
@@ -1362,7 +1366,7 @@ def join_processes(config, device):
 def main(arguments):
     parser = make_parser(__doc__)
     words = "go on with the run in this directory, or begin it there with the flags given"
-    parser.add_argument("--resume", metavar="RUN", default=argparse.SUPPRESS, help=words)
+    parser.add_argument("--resume", metavar="RUN", help=words)
     config, saved = read_flags(vars(parser.parse_args(arguments)))
     device = pick_device(config.device)
     process, world = join_processes(config, device)
