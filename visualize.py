@@ -443,21 +443,20 @@ def draw_predictions(shown):
 
         # What is given, some of the steps, all that they predict, and how far off it is.
         given = reveal(photo, grid == 0)
-        row = [(labels[i][:14], photo), ("given", given)]
+        row = {labels[i][:14]: photo, "given": given}
         for step in steps:
             known = reveal(photo, grid < step)
-            row.append((f"rank {step} of {last}", reveal(predicted[i], grid == step, known)))
-        row.append(("all predicted", reveal(predicted[i], grid > 0, given)))
-        row.append((f"error {errors[i].nanmean():.2f}", reveal(as_grid(heats[i]), grid > 0)))
-        row = [(words, enlarge(cells, column(8))) for words, cells in row]
-        for step, (_, image) in zip(steps, row[2:]):
+            row[f"rank {step} of {last}"] = reveal(predicted[i], grid == step, known)
+        row["all predicted"] = reveal(predicted[i], grid > 0, given)
+        error = errors[i].nanmean()
+        row[f"error {error:.2f}"] = reveal(as_grid(heats[i]), grid > 0)
+        rows.append([(words, enlarge(cells, column(8))) for words, cells in row.items()])
+        for step, (_, image) in zip(steps, rows[i][2:]):
             outline(image, grid == step, RED, 4)
-        rows.append(row)
     rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}")])
     note = """The outlined tokens are predicted from the true pixels shown. What is grey is not
-        known yet or, where the error is shown, given."""
-    if shown.model.config.target == "normalized":
-        note += " Each patch has its true mean and contrast, which the model does not predict."
+        known yet or, where the error is shown, given. A normalized patch has its true mean and
+        contrast, which the model does not predict."""
     return sheet("Predictions, segment by segment (Sections 4 and 5)", note, rows)
 
 
@@ -675,8 +674,6 @@ def draw_layers(shown):
     place, _ = probed(last)
     floors = [row for row in rows if row["random_init"] and probed(row)[0] == place]
     note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
-    if not floors:
-        note += " For that of an untrained encoder, use probe.py --protocol layers --random-init."
     bars = {"linear": last["layers"], "kNN": last["layers_knn"]}
     for row in floors[-1:]:
         bars |= {"linear, untrained": row["layers"], "kNN, untrained": row["layers_knn"]}
@@ -818,9 +815,9 @@ def read_arguments(arguments):
     add("--checkpoint", type=path, metavar="FILE", help="checkpoint.pt of a run")
     add("--image", type=path, metavar="FILE", help="show this image, not held-out ones")
     add("--token", type=int, metavar="I", help="whose attention to show, in raster order from 0")
-    add("--out", type=path, metavar="DIR", help="where to (default: figures)")
-    flags = vars(parser.parse_intermixed_args(arguments))
-    return flags.pop("pictures"), flags
+    add("--out", type=path, metavar="DIR", default="figures", help="where to (default: figures)")
+    read = vars(parser.parse_intermixed_args(arguments))
+    return read.pop("pictures"), {name: value for name, value in read.items() if value is not None}
 
 
 def save(picture, path):
@@ -853,7 +850,7 @@ def main(arguments):
     shown = Shown(flags, runs)
 
     # With "all", what cannot be drawn is left out.
-    out = flags.get("out", Path("figures"))
+    out = flags["out"]
     index = INDEX
     for name in names:
         draw = PICTURES[name]
