@@ -34,6 +34,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -705,6 +706,8 @@ def write_whole(path):
     try:
         with open(part, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that fails may leave an empty file
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}, which is as before: {error}") from error
@@ -836,11 +839,12 @@ def list_folder(root):
 
 
 def images_key(config, files):
-    """Tells whether images are the same, by the names and sizes of their files: never by times, nor
-    by decoded pixels, which differ between releases of Pillow."""
+    """Tells whether images are the same, by the names and sizes of all files and the bytes of some:
+    never by times, nor by decoded pixels, which differ between releases of Pillow."""
     known = [config.dataset, config.image_size]
     for file in files:
         known.append((file.relative_to(config.data_dir).as_posix(), file.stat().st_size))
+    known += [zlib.crc32(file.read_bytes()) for file in files[:: 1 + len(files) // 100]]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
@@ -862,7 +866,7 @@ def load_folder(config, train):
 
     files = [path for path, _ in chosen]
     cache = Path("runs/cache", f"{images_key(config, files)}.npy")
-    if not cache.exists():
+    if not cache.exists() or cache.stat().st_size < len(files) * 3 * size**2:
         decode_all(files, size, cache)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nobody may write to it: nobody does
@@ -1194,7 +1198,8 @@ def train(config, saved, device, process=0, world=1):
         # With a mask cuDNN's attention can give gradients that are NaN (PyTorch's issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     images, held_out, key, can_probe = load_training_images(config, process, world)
-    check(saved.get("images", key) == key, "these are not the images that the run began with")
+    mend = "begin another run, by --init with this one's checkpoint.pt"
+    check(saved.get("images", key) == key, f"these are not the images of the run: {mend}")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
     model, optimizer, scaler = build(config, saved, device)
@@ -1294,6 +1299,7 @@ def command_line(script, *arguments):
 def run_command(main):
     """Runs a command's main(arguments). This is the one place where an error that the user or the
     machine can mend becomes a line, and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left half done
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -1316,8 +1322,8 @@ def read_flags(given):
     run = given.pop("resume", None)
     if run:
         check("out" not in given, "--resume names the run's directory: leave out --out")
-        given["out"] = os.path.expanduser(run)
-    path = Path(given.get("out", ""), "checkpoint.pt")
+        given["out"] = run
+    path = user_path(given.get("out", "")) / "checkpoint.pt"
     if run and path.exists():
         # Flags may repeat the run's. Where it computes, and where its images lie, may differ.
         saved, _, trained = load_checkpoint(path)
@@ -1333,10 +1339,16 @@ def read_flags(given):
         return config, saved
 
     # A directory holds one run.
-    place = user_path(given.get("out", ""))
-    used = "out" in given and place.is_dir() and len(os.listdir(place)) > 0
-    again = command_line("randsac.py", "--resume", place)
-    check(run or not used, f"{place} is in use: go on by {again}, or choose another --out")
+    place = path.parent
+    there = set()
+    if "out" in given and place.is_dir():
+        there.update(os.listdir(place))
+    if run:
+        there -= {"config.json", "metrics.jsonl"}  # of a start that was cut off before it saved
+        flags = given.keys() - {"out"}
+        check(flags, f"{run} holds no run to go on with; to begin one there, give its flags too")
+    mend = f"go on by {command_line('randsac.py', '--resume', place)}, or choose another directory"
+    check(not there, f"{place} is in use: {mend}")
     if "init" not in given:
         return Config(**given), {}
     start, _, trained = load_checkpoint(user_path(given["init"]))
@@ -1346,7 +1358,7 @@ def read_flags(given):
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
     if not dist.is_torchelastic_launched():
-        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             alone = os.environ.get(name, "1") in ("", "1")
             check(alone, f"{name} is set, but not by torchrun: unset it, or put torchrun before")
         return 0, 1
