@@ -142,10 +142,8 @@ class HostReads(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.found = []
-        self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
         parts = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
         masks = [x for x in parts if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
         by_mask = "index" in str(func) and len(masks) > 0

@@ -57,10 +57,6 @@ def test_every_field_is_a_flag_with_help():
     for field in dataclasses.fields(randsac.Config):
         assert names(randsac.flag_name(field.name), text)
         assert field.metadata["help"]
-    given = shlex.split("--hierarchy 64 16 4 --no-skip --lr 1e-3 --patch-size 4")
-    flags = vars(randsac.make_parser("").parse_args(given))
-    assert flags == {"hierarchy": [64, 16, 4], "skip": False, "lr": 1e-3, "patch_size": 4}
-    assert randsac.Config(**flags).hierarchy == (64, 16, 4)
 
 
 # Each of these is refused by the name of its last flag. None may be shortened; '' is what
@@ -182,16 +178,15 @@ def slow_crop(image, crop, size):
     return found
 
 
-@every_strategy
-def test_a_step_shows_what_is_drawn_for_it_cropped_as_the_slow_version_does(segments):
-    config = micro(segments=segments, crop_scale=0.1, image_size=8, patch_size=2, seed=3)
-    images = random_batch(4, 9)
+def test_a_step_shows_what_is_drawn_for_it_cropped_as_the_slow_version_does():
+    config = micro(segments="blob", crop_scale=0.1, image_size=8, patch_size=2, seed=3)
+    images = random_batch(9, 9)
     recorder = Recorder(config)
     one_step(recorder, images, 5)
     generator = randsac.seeded("cpu", 3, 1, 5)
-    crops = randsac.random_crops(4, 0.1, generator=generator)
+    crops = randsac.random_crops(9, 0.1, generator=generator)
     cropped, ranks = recorder.shown
-    assert torch.equal(ranks, randsac.sample_ranks(config, 4, generator=generator))
+    assert torch.equal(ranks, randsac.sample_ranks(config, 9, generator=generator))
     for image, crop, found in zip(images, crops, cropped):
         expected = slow_crop(image.double().numpy(), crop.double().numpy(), 8)
         assert np.allclose(found, expected, atol=1e-5)
@@ -271,8 +266,6 @@ def test_a_run_learns_and_leaves_config_metrics_and_checkpoint(tmp_path, image_f
     out = tmp_path / "run"
     assert run_here(*flags_of(image_folder, out=out, epochs=20, lr=0.05)) == 0
     said = capsys.readouterr().out
-    for words in ("72 images", "3 classes", "24 held out", "60 steps", "float32"):
-        assert words in said
     assert f"visualize.py all --checkpoint {out}/checkpoint.pt" in said
     assert f"probe.py {out}/checkpoint.pt" in said
 
@@ -499,6 +492,12 @@ def train_on(world, commands, stop=None):
     return codes
 
 
+def assert_same_log(one, other):
+    for ours, theirs in zip(rows(one), rows(other), strict=True):
+        del ours["images_per_s"], theirs["images_per_s"]
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
 def vector(run):
     return torch.cat([value.flatten() for value in weights(run).values()])
 
@@ -526,24 +525,22 @@ def test_a_training_is_the_same_on_any_number_of_processes(tmp_path, image_folde
     for segments, name in [*itertools.product(STRATEGIES, "24"), ("blob", "mixed")]:
         one = tmp_path / f"{segments}-1"
         other = tmp_path / f"{segments}-{name}"
-        for ours, theirs in zip(rows(one), rows(other), strict=True):
-            del ours["images_per_s"], theirs["images_per_s"]
-            assert ours == pytest.approx(theirs, abs=1e-6)
+        assert_same_log(one, other)
         # Adam makes much of rounding where a gradient is nothing else, as that of a key's bias.
         assert (vector(one) - vector(other)).norm() < 0.05 * moved
 
 
 @pytest.mark.long
 def test_torchrun_starts_it(tmp_path, image_folder):
-    """The first process speaks for all."""
+    """The first process speaks for both, and they train what one does."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
     words += ["--master-addr", "127.0.0.1", "--master-port", free_port(), ROOT / "randsac.py"]
-    words += flags_of(image_folder, out="run", max_steps=2)
+    words = [str(word) for word in [*words, *flags_of(image_folder, out=tmp_path / "two")]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    kwargs = {"cwd": tmp_path, "env": env, "text": True, "timeout": 300}
-    said = subprocess.run([str(word) for word in words], check=True, capture_output=True, **kwargs)
-    assert said.stdout.count("2 x cpu") == 1 == said.stdout.count("trained.")
-    assert [row["step"] for row in rows(tmp_path / "run")] == [2]
+    said = subprocess.run(words, check=True, capture_output=True, env=env, text=True).stdout
+    assert said.count("trained.") == 1
+    run_here(*flags_of(image_folder, out=tmp_path / "one"))
+    assert_same_log(tmp_path / "one", tmp_path / "two")
 
 
 LEFT = [({"WORLD_SIZE": "2"}, "WORLD_SIZE"), ({"RANK": "x", "WORLD_SIZE": ""}, None)]
