@@ -58,8 +58,6 @@ def pytest_collection_modifyitems(config, items):
 def elsewhere(tmp_path_factory):
     """Runs and decoded images lie in the current directory: not in the project's, while testing."""
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
-    yield
-    os.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True)
