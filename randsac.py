@@ -810,8 +810,11 @@ def list_split(split):
         # Links to folders in a class are left out, too: they may lead in circles.
         open_folder = path.is_dir() and not (folders and path.is_symlink()) and not hidden[-1]
         named = name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
-        if any(hidden[:-1]) or open_folder:
-            continue  # what is in it counts, or it has been left out as a whole
+        if any(hidden[:-1]):
+            continue  # left out with its folder
+        if open_folder:
+            next(path.iterdir(), None)  # an error where it may not be read: glob would say nothing
+            continue
         if folders and named and path.is_file() and not hidden[-1]:
             images.append((path, folders[0]))
         else:
@@ -890,13 +893,14 @@ def decode_all(files, size, cache):
             broken.append(str(error))
             return b""
 
-    # As many threads as the process may use; in parts, lest images pile up before a slow disk.
+    # As many threads as the process may use; parts of 30 MB, lest images pile up at a slow disk.
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)}
     with ThreadPool(threads) as pool, write_whole(cache) as file, progress(len(files)) as bar:
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(files), 100):
-            for image in pool.map(decode, files[start : start + 100]):
+        part = 1 + 30_000_000 // (3 * size**2)
+        for start in range(0, len(files), part):
+            for image in pool.map(decode, files[start : start + part]):
                 file.write(image)
                 bar.update()
         names = "; ".join(sorted(broken)[:20])
@@ -1138,7 +1142,7 @@ def build(config, saved, device):
     return model, optimizer, scaler
 
 
-def begin_run(config, model, rows, device):
+def begin_run(config, saved, model, device):
     """Makes the run's directory, whose name config.out then has, as it is before its next step, and
     says what is about to happen."""
     if not config.out:
@@ -1146,10 +1150,13 @@ def begin_run(config, model, rows, device):
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
+    with open(
+        run / "metrics.jsonl", "w" if "rows" in saved else "x"
+    ) as log:  # x: nobody was faster
+        log.writelines(json.dumps(row) + "\n" for row in saved.get("rows", []))
     precision = pick_precision(config.precision, device)
     settings = dataclasses.asdict(config) | {"precision": precision}
     (run / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{run}: {config.model}, {millions:.2f} million parameters, {device.type}, {precision}")
@@ -1222,7 +1229,7 @@ def train(config, saved, device, process=0, world=1):
 
     # The first process alone keeps log and checkpoint, from before the first step on.
     if process == 0:
-        begin_run(config, model, rows, device)
+        begin_run(config, saved, model, device)
         save(first)
         print(f"{steps / per_epoch:.3g} passes, {steps} steps of {B} images; {first} are done")
 
@@ -1300,6 +1307,8 @@ def run_command(main):
     """Runs a command's main(arguments). This is the one place where an error that the user or the
     machine can mend becomes a line, and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left half done
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a path
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -1349,10 +1358,11 @@ def read_flags(given):
         check(flags, f"{run} holds no run to go on with; to begin one there, give its flags too")
     mend = f"go on by {command_line('randsac.py', '--resume', place)}, or choose another directory"
     check(not there, f"{place} is in use: {mend}")
+    saved = {"rows": []} if run else {}
     if "init" not in given:
-        return Config(**given), {}
+        return Config(**given), saved
     start, _, trained = load_checkpoint(user_path(given["init"]))
-    return with_flags(trained, given), {"model": start["model"]}
+    return with_flags(trained, given), saved | {"model": start["model"]}
 
 
 def join_processes(config, device):
