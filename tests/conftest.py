@@ -150,7 +150,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def command(script, *arguments, cwd, timeout=120, **kwargs):
+def command(script, *arguments, cwd, timeout=600, **kwargs):
     """Runs `python SCRIPT ARGUMENTS` in a process of its own, on one thread -> CompletedProcess
     with its output as text."""
     words = [sys.executable, str(ROOT / script), *map(str, arguments)]
