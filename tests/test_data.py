@@ -135,6 +135,17 @@ def test_another_size_or_another_image_is_decoded_anew(tmp_path):
     assert load(tmp_path / "data")[0].shape == (3, 3, 8, 8)
     assert len(decoded()) == 4
 
+    # Two folders whose files have the same names and sizes.
+    save(tmp_path / "one/train/a/1.bmp", seed=1)
+    save(tmp_path / "two/train/a/1.bmp", seed=2)
+    assert not torch.equal(load(tmp_path / "one")[0], load(tmp_path / "two")[0])
+
+    # What a machine that failed has left of a file.
+    for path in decoded():
+        path.unlink()
+        path.touch()
+    assert load(tmp_path / "data")[0].shape == (3, 3, 8, 8)
+
 
 def test_decoded_images_may_be_larger_than_memory(tmp_path, monkeypatch):
     """Linux refuses to map such a file where the mapping could be written to."""

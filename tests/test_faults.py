@@ -98,7 +98,9 @@ def go(capsys, monkeypatch):
         except SystemExit as ended:
             return ended.code, "".join(capsys.readouterr())
 
-    return run_command
+    before = signal.getsignal(signal.SIGTERM)
+    yield run_command
+    signal.signal(signal.SIGTERM, before)
 
 
 def send(*numbers):
@@ -288,6 +290,14 @@ def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
     assert saved_step(tmp_path / "run") == 0
 
 
+def test_sigterm_while_images_are_decoded_leaves_no_part_of_them(flags, go, monkeypatch):
+    decode = at_call(3, randsac.decode_image, send(signal.SIGTERM))
+    monkeypatch.setattr(randsac, "decode_image", decode)
+    code, text = go(*flags)
+    assert code >= 128 and "Traceback" not in text, text
+    assert list(Path("runs/cache").iterdir()) == []
+
+
 def test_under_nohup_a_closed_terminal_ends_nothing(flags, tmp_path, undisturbed, at, request):
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -308,6 +318,10 @@ def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, at, go):
     log = rows(tmp_path / "runs/a")
     assert go(*command)[0] == 0
     assert rows(tmp_path / "runs/a") == log and same_weights(tmp_path / "runs/a", undisturbed)
+
+    # A name that was mistyped is not begun, nor is anything begun where something else lies.
+    one_line(*go("--resume", "runs/b"), "runs/b")
+    one_line(*go("--resume", "runs", *flags), "runs")
     assert {path.name for path in Path("runs").iterdir()} == {"a", "cache"}
 
     # Flags that differ from the run's are refused by name, and nothing is touched.
@@ -357,14 +371,17 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
 SBATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 
 
-@pytest.mark.parametrize("told, trains", [(SRUN, False), (SBATCH, True)])
-def test_tasks_of_srun_do_not_train_side_by_side(flags, told, trains, monkeypatch, go):
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize("told, trains", [(SRUN, False), (MPIRUN, False), (SBATCH, True)])
+def test_tasks_of_srun_or_mpirun_do_not_train_side_by_side(flags, told, trains, monkeypatch, go):
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     code, text = go(*flags, "--max-steps", 1)
     assert trains == (code == 0) == Path("runs").exists()
     if not trains:
-        one_line(code, text, "SLURM_STEP_NUM_TASKS", "torchrun")
+        one_line(code, text, next(iter(told)), "torchrun")
 
 
 # --- disks, directories, memory, terminals
