@@ -1308,7 +1308,8 @@ def run_command(main):
     machine can mend becomes a line, and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left half done
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a path
-        stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -1349,11 +1350,12 @@ def read_flags(given):
 
     # A directory holds one run.
     place = path.parent
-    there = set()
+    there = []
     if "out" in given and place.is_dir():
-        there.update(os.listdir(place))
-    if run:
-        there -= {"config.json", "metrics.jsonl"}  # of a start that was cut off before it saved
+        there = os.listdir(place)
+    if run:  # what a start leaves that was cut off before it had saved
+        started = ("config.json", "metrics.jsonl", "checkpoint.pt.")
+        there = [name for name in there if not name.startswith(started)]
         flags = given.keys() - {"out"}
         check(flags, f"{run} holds no run to go on with; to begin one there, give its flags too")
     mend = f"go on by {command_line('randsac.py', '--resume', place)}, or choose another directory"
