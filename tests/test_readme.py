@@ -190,6 +190,22 @@ def test_the_table_of_results_says_what_the_logs_say():
     assert [list(pair) for pair in bars] == [*shown, ["92.1", ""]]
 
 
+def test_the_table_of_few_images_says_what_the_logs_say():
+    rows = table_after("**How many images?**")
+    assert len(rows) >= 2
+    floors = map(json.loads, (ROOT / "results/evidence/floors.jsonl").open())
+    whole = [f"{row['lin']:.1f}, {row['knn']:.1f}" for row in floors]  # of the same network
+    for row in rows:
+        known = logged(f"results/few/{row['images'].replace(',', '')}")
+        names = ["trained", "untrained"]
+        if row["raw pixels"] != "not measured":
+            names.append("raw pixels")
+        if row["images"] == "50,000":
+            assert [row["untrained"], row["raw pixels"]] == whole
+            names = ["trained"]
+        check_row(row, names, known)
+
+
 def test_the_tables_of_speed_say_what_the_logs_say():
     gpu = [json.loads(line) for line in (ROOT / "results/gpu/speed.jsonl").open()][1:]
     cpu = (ROOT / "results/speed.txt").read_text().splitlines()
