@@ -332,8 +332,8 @@ def draw_hierarchy(shown):
             counts = " -> ".join(map(str, config.hierarchy[: len(used)]))
             row.append((f"{segments} {counts}\n{leaves}", image))
         rows.append(row)
-    note = """A hue is a partition, a number a segment's rank. Arrows lead to the next segment; they are red
-        where a partition is left. Left: a flat order. Right: a hierarchical one."""
+    note = """A hue is a partition, a number a segment's rank. Arrows lead to the next segment; they
+        are red where a partition is left. Left: a flat order. Right: a hierarchical one."""
     return sheet("Flat and hierarchical serialization (Figure 3)", note, rows)
 
 
