@@ -78,7 +78,7 @@ def test_what_is_wrong_is_refused_by_its_flag_and_leaves_nothing(given, tmp_path
     monkeypatch.chdir(tmp_path)
     words = shlex.split(given)
     flag = [word for word in words if word.startswith("--")][-1]
-    said = refusal(run_here, *words)
+    said = refusal(run_here, "--max-steps", 1, *words)
     assert names(flag, said) or (words[-1] == "" and "empty" in said)
     assert list(tmp_path.iterdir()) == []
 
