@@ -580,15 +580,9 @@ def test_main_in_a_thread(flags, tmp_path, undisturbed):
     lost_nothing(tmp_path / "run", undisturbed)
 
 
-class Notebook(io.StringIO):
-    """What stands for stdout and stderr in a notebook: it takes text and can do little else."""
-
-    reconfigure = fileno = None
-
-
 def test_streams_that_are_no_terminals(flags, monkeypatch):
     """`%run randsac.py` in a notebook; a service without stdout; python -OO, without docstrings."""
-    stream = Notebook()
+    stream = io.StringIO()  # which takes text and can do little else
     monkeypatch.setattr(randsac, "__doc__", None)
     monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, flags), "--out", "run"])
     for code in (0, 2):  # now its name is taken
@@ -651,7 +645,7 @@ def test_the_line_for_a_name_that_is_taken_can_be_pasted(flags, undisturbed, go)
     shutil.copytree(undisturbed, "my run")
     before = contents(Path("my run"))
     code, text = go(*flags, "--out", "my run")
-    one_line(code, text, "--out")
+    one_line(code, text, "--resume")
     assert contents(Path("my run")) == before
     assert run_here(*pasted(text, "go on by ", ", or")[1:]) == 0
 
