@@ -17,7 +17,6 @@ import torch
 from conftest import MICRO_FLAGS, ROOT, fails_in_one_line
 from PIL import Image
 
-import randsac
 from randsac import UserError
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -32,12 +31,12 @@ ev.tflop = functools.cache(ev.tflop)  # the same is counted again and again
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """The command in a folder of its own."""
-    settings = {"LOGS": tmp_path / "results/evidence", "RUNS": tmp_path / "runs"}
-    settings |= {"README": tmp_path / "README.md", "PICTURES": tmp_path}
-    for name, value in settings.items():
-        monkeypatch.setattr(ev, name, value)
-    ev.LOGS.mkdir(parents=True)
-    ev.README.write_text("above\n<!-- evidence -->\nold\n<!-- /evidence -->\nbelow\n")
+    monkeypatch.setattr(ev, "ROOT", tmp_path)
+    monkeypatch.setattr(ev, "LOGS", tmp_path / "results/evidence")
+    for name in ("results/evidence", "assets"):
+        (tmp_path / name).mkdir(parents=True)
+    words = "above\n<!-- evidence -->\nold\n<!-- /evidence -->\nbelow\n"
+    (tmp_path / "results/README.md").write_text(words)
     return tmp_path
 
 
@@ -56,11 +55,6 @@ def run(folder, out, *words, passes=2):
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def saved(folder, job):
-    """-> what the checkpoint of a job holds."""
-    return torch.load(folder / f"out/{job}/checkpoint.pt", weights_only=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,70 +103,40 @@ def test_the_papers_differences():
             assert paper in ("not tried", "in its supplement")
 
 
-def test_run_probes_and_is_not_done_twice(micro, image_folder, capfd):
-    only = ("--only", "mae", "floors")
-    run(image_folder, micro, *only, "--lr", "2e-3")
+def test_a_run_and_its_log(micro, image_folder):
+    run(image_folder, micro, "--only", "mae", "--lr", "2e-3")
     first, last = read(micro / "mae-0.jsonl")
-    expected = {"name": "mae", "seed": 0, "recipe": MICRO.format(passes=2), "passes": 2, "jobs": 1}
+    expected = {"name": "mae", "seed": 0, "recipe": MICRO.format(passes=2), "jobs": 1}
     expected |= {"flags": "--segments mae", "data": image_folder.name, "threads": 1}
     assert first.items() >= expected.items()
     assert first["machine"] and first["torch"] == torch.__version__
-    assert first["seconds"] > 0 and first["images_per_s"] > 0
+    assert first["images_per_s"] > 0
     assert str(image_folder.parent) not in json.dumps(first)
-    folder = ev.RUNS / "out/mae-0"
+    folder = micro.parent / "runs/out/mae-0"
     end = read(folder / "metrics.jsonl")[-1]
     assert (end["step"], last["pass"], last["held_out_loss"]) == (8, 2, end["held_out_loss"])
-    assert saved(ev.RUNS, "mae-0")["config"]["seed"] == 0
     probes = {row["protocol"]: row["top1"] for row in read(folder / "probes.jsonl")}
     assert (last["lin"], last["knn"]) == (probes["linear"], probes["knn"])
 
+    # What has a log is not done again.
+    run(image_folder, micro, "--only", "mae-0")
+    assert len(read(folder / "probes.jsonl")) == 2
+    with pytest.raises(UserError, match="mae-0 is of another recipe: change --out"):
+        run(image_folder, micro, "--only", "mae", passes=3)
+    run(image_folder, micro, "--only", "no-skip", "blob-7", "--seconds", -1)
+    assert [*micro.iterdir()] == [micro / "mae-0.jsonl"]
+
+
+def test_floors(micro, image_folder):
+    run(image_folder, micro, "--only", "floors")
     floors = read(micro / "floors.jsonl")
     assert [row["floor"] for row in floors] == ["--random-init", "--features pixels"]
-    rows = read(folder.with_name("floors") / "probes.jsonl")
+    rows = read(micro.parent / "runs/out/floors/probes.jsonl")
     kinds = [(row["protocol"], row["random_init"], row["features"]) for row in rows]
     assert kinds[:2] == [("linear", True, "encoder"), ("knn", True, "encoder")]
     assert kinds[2:] == [("linear", False, "pixels"), ("knn", False, "pixels")]
     found = [value for row in floors for value in (row["lin"], row["knn"])]
     assert found == [row["top1"] for row in rows]
-
-    capfd.readouterr()
-    run(image_folder, micro, *only)
-    assert {"floors: done", "mae-0: done"} <= {*capfd.readouterr().out.splitlines()}
-    run(image_folder, micro, "--only", "no-skip", "--seconds", -1)
-    assert not (micro / "no-skip-0.jsonl").exists()
-    with pytest.raises(UserError, match="mae-0 with another recipe: choose another --out"):
-        run(image_folder, micro, *only, passes=3)
-
-
-def test_stopped_it_saves_and_goes_on(micro, image_folder, monkeypatch):
-    training_step = randsac.training_step
-    steps = []
-
-    def stopped_in_the_fifth(model, optimizer, scaler, batch, config, step, *others):
-        steps.append(step)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return training_step(model, optimizer, scaler, batch, config, step, *others)
-
-    monkeypatch.setattr(randsac, "training_step", stopped_in_the_fifth)
-    with pytest.raises(UserError, match="square-16-4-0 was stopped: start again"):
-        run(image_folder, micro, "--only", "square-16-4", "no-skip")
-    assert saved(ev.RUNS, "square-16-4-0")["step"] == 5
-    assert not [*micro.iterdir()]  # no-skip was not begun either
-
-    # A line cut off in the middle is written anew.
-    folder = ev.RUNS / "out/square-16-4-0"
-    metrics = folder / "metrics.jsonl"
-    with open(metrics, "a") as file:
-        file.write('{"step": 7, "lo')
-    older = {"protocol": "linear", "top1": -1, "features": "encoder", "random_init": False}
-    (folder / "probes.jsonl").write_text(json.dumps(older) + "\n")
-    run(image_folder, micro, "--only", "square-16-4")
-    assert steps == [0, 1, 2, 3, 4, 5, 6, 7]
-    logged = [row["step"] for row in read(metrics)]
-    assert logged == sorted(set(logged)) and logged[-1] == 8
-    _, last = read(micro / "square-16-4-0.jsonl")
-    assert last["pass"] == 2 and last["lin"] == read(folder / "probes.jsonl")[1]["top1"]
 
 
 SIDE_BY_SIDE = """
@@ -180,51 +144,53 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "{root}/results")
 import evidence as ev
-ev.RUNS = Path("{runs}")
+ev.ROOT = Path("{here}")
 ev.RECIPE = "{recipe}"
 ev.probe.L2_GRID = [0.01]
-if __name__ == "__main__":  # the rest is for its workers too
-    ev.randsac.run_command(ev.main)
+ev.randsac.run_command(ev.main)
 """
 
 
-def test_killed_side_by_side_it_goes_on(micro, image_folder, capfd):
-    script = SIDE_BY_SIDE.format(root=ROOT, runs=ev.RUNS, recipe=MICRO)
+def test_stopped_side_by_side_it_goes_on(micro, image_folder):
+    here = micro.parent
+    script = here / "script.py"
+    script.write_text(SIDE_BY_SIDE.format(root=ROOT, here=here, recipe=MICRO))
     words = ["run", "--data-dir", image_folder, "--out", micro, "--passes", 500, "--jobs", 2]
     words += ["--seeds", 1, "--only", "mae", "patch-random"]
-    place = micro.with_name("script.py")
-    place.write_text(script)
-    command = [str(word) for word in (sys.executable, place, *words)]
+    command = [str(word) for word in (sys.executable, script, *words)]
 
-    # Whoever is left of it holds the pipe open.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while len([*ev.RUNS.glob("*/*/checkpoint.pt")]) < 2:
+    # When it is told to end, so are its runs, which save: none of them is left.
+    process = subprocess.Popen(command, start_new_session=True, cwd=here)
+    runs = [here / f"runs/out/{job}/checkpoint.pt" for job in ("mae-0", "patch-random-0")]
+    while not all(path.exists() for path in runs):
         assert process.poll() is None
         time.sleep(0.05)
-    process.kill()
-    printed, _ = process.communicate(timeout=120)
-    assert {"mae-0: starts", "patch-random-0: starts"} <= {*printed.splitlines()}
-    assert not [*micro.glob("*.jsonl")] and (micro / "mae-0.txt").exists()
-    assert 0 <= saved(ev.RUNS, "mae-0")["step"] < 2000
+    process.terminate()
+    assert process.wait() == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert "stopped" in (micro / "mae-0.txt").read_text()
+    assert not [*micro.glob("*.jsonl")]
 
     # A job that fails does not stop the others, and is named; what was cut off goes on.
-    (ev.RUNS / "out/mae-0/checkpoint.pt").write_bytes(b"damaged")
-    almost = saved(ev.RUNS, "patch-random-0") | {"step": 1996}
-    torch.save(almost, ev.RUNS / "out/patch-random-0/checkpoint.pt")
-    ended = subprocess.run(command, check=False, capture_output=True, text=True)
-    fails_in_one_line(ended, "mae-0 failed, see the .txt in")
+    saved = torch.load(runs[1], weights_only=True)
+    assert 0 < saved["step"] < 2000
+    torch.save(saved | {"step": 1996}, runs[1])
+    runs[0].write_bytes(b"damaged")
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, cwd=here)
+    fails_in_one_line(ended, "failed: ['mae-0']; see the .txt in")
     assert "not a whole checkpoint" in (micro / "mae-0.txt").read_text()
-    assert read(micro / "patch-random-0.jsonl")[0].items() >= {"jobs": 2, "passes": 500}.items()
     assert [*micro.glob("*.jsonl")] == [micro / "patch-random-0.jsonl"]
+    first, last = read(micro / "patch-random-0.jsonl")
+    assert (first["jobs"], last["pass"]) == (2, 500)
 
 
 def test_what_the_user_can_mend(micro, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="train/CLASS"):
-        run(tmp_path / "empty", micro, "--only", "mae")
+        run(tmp_path / "empty", micro, "--only", "mae", "no-skip")
     with pytest.raises(UserError, match="invalid choice: 'square'"):
         run(tmp_path, micro, "--only", "square")
-    assert not micro.exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,20 +229,20 @@ PRINTED = {
 }
 
 
+def student_p(t, freedom):
+    points, within = ev.student(freedom)
+    return 1 - np.interp(t, points, within)
+
+
 def test_students_distribution():
     for p, row in PRINTED.items():
         for freedom, printed in enumerate(row, 1):
-            t, ps = ev.student(freedom)
-            assert np.interp(-p, -ps, t) == pytest.approx(printed, abs=0.00051)
+            points, within = ev.student(freedom)
+            assert np.interp(1 - p, within, points) == pytest.approx(printed, abs=0.00051)
     for freedom in (1, 2, 4):
-        t, ps = ev.student(freedom)
-        for place in (0.1, 1, 3, 10):
-            found = np.interp(place, t, ps)
-            assert found == pytest.approx(exact_p(place, freedom), abs=1e-8)
-
-    # Between whole degrees it lies between theirs.
-    t, ps = ev.student(2.97)
-    assert exact_p(3, 4) < np.interp(3, t, ps) < exact_p(3, 2)
+        for t in (0.1, 1, 3, 10):
+            assert student_p(t, freedom) == pytest.approx(exact_p(t, freedom), abs=1e-8)
+    assert exact_p(3, 4) < student_p(3, 2.97) < exact_p(3, 2)  # between whole degrees
 
 
 def midpoint_p(t, freedom):
@@ -358,7 +324,7 @@ def logged(here):
 
 def report(*words):
     ev.main(["report", *map(str, words)])
-    return ev.README.read_text()
+    return (ev.ROOT / "results/README.md").read_text()
 
 
 def cells(text, first):
@@ -376,12 +342,12 @@ def test_tables(logged):
     assert cells(text, "patch-random")[2:5] == ["3", "50.0 ± 1.0", "40.0 ± 1.0"]
     assert cells(text, "square-16")[2:5] == ["1", "50.0", "40.0"]
     assert "| blob-9 |" not in text
-    assert "| floor | `probe.py --random-init` | 1 | 33.3 | 22.2 |" in text
+    assert cells(text, "untrained")[1:] == ["`--random-init`", "1", "33.3", "22.2", "0.0"]
     raster = cells(text, "random > raster")
     assert raster[1:4] == ["patch-random / patch-raster", "1.00", "+20.00 (Table 2)"]
     assert raster[4] == raster[5] == "+5.00 ± 2.27, p = 0.004: **higher**"
     assert cells(text, "segments > patches")[4] == "+0.00: not enough seeds"
-    assert cells(text, "coherent > incoherent")[2:] == ["", "+3.29 (Table 5)", "not run", "not run"]
+    assert cells(text, "coherent > incoherent")[4:] == ["not run", "not run"]
     assert cells(text, "RandSAC > MAE, equal passes")[4].endswith("no difference seen")
     assert "Comparisons at 5 %: 4." in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
@@ -390,12 +356,12 @@ def test_tables(logged):
 
 def test_a_planted_log_changes_a_verdict_and_the_picture(logged):
     before = cells(report(), "random > raster")
-    picture = (logged / "evidence.png").read_bytes()
+    picture = (logged / "assets/evidence.png").read_bytes()
     log(ev.LOGS, "patch-raster", 44, 45, 51)
     after = cells(report(), "random > raster")
     assert before[4].endswith("**higher**") and after[4].endswith("no difference seen")
     assert before[:4] == after[:4]
-    assert (logged / "evidence.png").read_bytes() != picture
+    assert (logged / "assets/evidence.png").read_bytes() != picture
 
 
 def test_the_picture_shows_what_more_passes_do(logged, monkeypatch):
@@ -404,13 +370,13 @@ def test_the_picture_shows_what_more_passes_do(logged, monkeypatch):
         ev.ImageDraw.ImageDraw, "text", lambda pen, at, words, *_: drawn.append(words)
     )
     report()
-    assert "10 passes" in drawn and "100 passes" not in drawn and "50.0 patch random" in drawn
+    assert "10 passes" in drawn and "100 passes" not in drawn and "50.0 patch-random" in drawn
     drawn.clear()
     recipe = ev.RECIPE.format(lr="4e-3", batch_size=512, passes=100)
     log(logged / "results/gpu/hundred", "mae", 60, 61, recipe=recipe)
     report()
-    assert "100 passes" in drawn and "60.5 mae" in drawn and "50.0 patch random" in drawn
-    assert Image.open(logged / "evidence.png").width == 1600
+    assert "100 passes" in drawn and "60.5 mae" in drawn and "50.0 patch-random" in drawn
+    assert Image.open(logged / "assets/evidence.png").width == 1600
 
 
 def test_other_logs_have_their_own_place(logged):
@@ -420,47 +386,48 @@ def test_other_logs_have_their_own_place(logged):
     log(logged / "results/gpu/hundred", "square-16-4", 62, 63, recipe=recipe)
     with pytest.raises(UserError, match="no lines <!-- hundred --> and <!-- /hundred -->"):
         report(logged / "results/gpu/hundred")
-    ev.README.write_text(f"{before}<!-- hundred --><!-- /hundred -->")
+    (logged / "results/README.md").write_text(f"{before}<!-- hundred --><!-- /hundred -->")
     text = report(logged / "results/gpu/hundred")
     assert text.startswith(before) and f"<!-- hundred -->\n`{recipe}`" in text
     assert cells(text, "RandSAC > MAE, equal passes")[4].startswith("+2.00 ±")
     assert cells(text, "random > raster")[4:] == ["not run", "not run"]
-    assert (logged / "hundred.png").exists()
+    assert (logged / "assets/hundred.png").exists()
 
 
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ({"recipe": MICRO}, "are of several recipes or data"),
-        ({"flags": "--segments patch"}, "no-skip-0.jsonl is of other flags"),
-        ({"data": "other"}, "are of several recipes or data"),
+        ({"recipe": MICRO}, "logs of 2 recipes or data"),
+        ({"flags": "--segments patch"}, "no-skip-0 is of other flags"),
+        ({"data": "other"}, "logs of 2 recipes or data"),
     ],
 )
 def test_logs_of_another_kind_are_refused(logged, setting, words):
     log(ev.LOGS, "no-skip", 50, **setting)
     with pytest.raises(UserError, match=words):
         report()
-    assert "\nold\n" in ev.README.read_text() and not (logged / "evidence.png").exists()
+    assert "\nold\n" in (logged / "results/README.md").read_text()
+    assert not (logged / "assets/evidence.png").exists()
 
 
 def test_without_logs_or_a_place(here):
-    with pytest.raises(UserError, match=r"no logs .* run --data-dir DIR"):
+    with pytest.raises(UserError, match="has logs of 0 recipes or data: run or remove some"):
         report()
     log(ev.LOGS, "mae", 50)
-    ev.README.write_text("no markers")
+    page = here / "results/README.md"
+    page.write_text("no markers")
     with pytest.raises(UserError, match="has no lines <!-- evidence -->"):
         report()
-    assert ev.README.read_text() == "no markers" and not (here / "evidence.png").exists()
+    assert page.read_text() == "no markers" and not [*(here / "assets").iterdir()]
 
 
 def test_the_readme_says_what_the_logs_say():
-    page = ev.README.read_text()
+    page = (ROOT / "results/README.md").read_text()
     found = re.findall(r"<!-- /(\w+) -->", page)
     assert "evidence" in found
-    floors = ev.read_rows(ev.LOGS / "floors.jsonl")
     for name in found:
         (logs,) = [path for path in ev.LOGS.parent.rglob(name) if path.is_dir()]
-        text = "\n".join(ev.describe(*ev.read_logs(logs), floors))
+        text = "\n".join(ev.describe(*ev.read_logs(logs)))
         words = f"run evidence.py report {logs}"
         assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page, words
         for path in logs.glob("*-[0-9].jsonl"):
@@ -474,4 +441,4 @@ def test_the_evidence_ran_on_one_core_each():
         first = read(path)[0]
         assert first["data"] == "cifar10-jpeg", path
         assert first["threads"] == (2 if path.stem == "no-skip-2" else 1), path
-    assert "one for each run but no-skip-2" in ev.README.read_text()
+    assert "one for each run but no-skip-2" in (ROOT / "results/README.md").read_text()
