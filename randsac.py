@@ -1369,10 +1369,14 @@ def read_flags(given):
 
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
-    if not dist.is_torchelastic_launched():
-        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            alone = os.environ.get(name, "1") in ("", "1")
-            check(alone, f"{name} is set, but not by torchrun: unset it, or put torchrun before")
+    launched = dist.is_torchelastic_launched()
+    torchruns = os.environ.get("GROUP_WORLD_SIZE", "1")  # that train together
+    launchers = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+    for name in launchers if launched else ["WORLD_SIZE", *launchers]:
+        alone = os.environ.get(name, "") in ("", torchruns)
+        words = "as many trainings would run side by side: start one task, with torchrun in it"
+        check(alone, f"{name} is {os.environ.get(name)}, but torchrun did not set it; {words}")
+    if not launched:
         return 0, 1
     process = int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
