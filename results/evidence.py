@@ -80,7 +80,8 @@ for seed in range(3):
 
 def config_of(flags, recipe):
     """-> the Config of a run with the recipe and these flags."""
-    given = randsac.make_parser("").parse_args(f"{recipe} {flags}".split())
+    words = f"{recipe} {flags}".split()
+    given = randsac.make_parser("").parse_args(words)
     return randsac.Config(**vars(given))
 
 
@@ -208,11 +209,11 @@ def read_logs(logs):
     for job, (name, _) in JOBS.items():
         rows = read_rows(logs / f"{job}.jsonl")
         if rows and name != "floors":
-            check(rows[0]["flags"] == VARIANTS[name], f"{job} is of other flags: remove its log")
-            kinds.add((rows[0]["recipe"], rows[0]["data"]))
+            first = rows[0]
+            check(first["flags"] == VARIANTS[name], f"{job} is of other flags: remove its log")
+            kinds.add((first["recipe"], first["data"]))
             ends.append((name, rows[-1]))
-    check(len(kinds) == 1, f"{logs} has logs of {len(kinds)} recipes or data: run or remove some")
-
+    check(len(kinds) == 1, f"{logs} has logs of {len(kinds)} recipes, not one: run or remove some")
     runs = {name: {"lin": [], "knn": []} for name in VARIANTS | FLOORS}
     for name, row in ends:
         runs[name]["lin"].append(row["lin"])
@@ -259,7 +260,6 @@ def describe(runs, recipe):
         verdicts = " | ".join(judge(runs[a][key], runs[b][key]) for key in PROBES)
         judged += verdicts.count("p = ")
         yield f"| {words} | {here} | {paper} | {verdicts} |"
-
     yield f"\nComparisons at 5 %: {judged}. About one in twenty comes out by chance."
 
 
@@ -294,22 +294,22 @@ def draw_claims(pen, runs):
 def draw_passes(pen, budgets, key, top):
     """Draws accuracy against passes, from `top` down. budgets: {passes: runs as of read_logs}."""
     pen.text((1040, top - 70), f"{PROBES[key]}, top-1 %", "black", FONT, "lm")
-    lines = {name: [] for name in (*ORDERS, *FLOORS)}  # accuracy, x: the most passes come first
+    lines = {}  # name -> accuracy, x: the most passes come first
     for passes in sorted(budgets, reverse=True):
         x = 860 + 220 * math.log10(passes)
         pen.text((x, top + 345), f"{passes} passes", "black", FONT, "mm")
-        for name, points in lines.items():
+        for name in (*ORDERS, *FLOORS):
             found = budgets[passes][name][key]
             if found:
-                points.append((mean(found), x))
-    lines = {name: points for name, points in lines.items() if points}
+                lines.setdefault(name, []).append((mean(found), x))
     values = [value for points in lines.values() for value, _ in points]
+    highest = max(values)
     scale = 280 / max(np.ptp(values), 1)
 
     # A label stands at the end of its line, or below the label before.
     free = top
     for name in sorted(lines, key=lines.get, reverse=True):
-        places = [(x, top + scale * (max(values) - value)) for value, x in lines[name]]
+        places = [(x, top + scale * (highest - value)) for value, x in lines[name]]
         weight = 4 if name in ORDERS else 1
         pen.line(places, "black", weight)
         for place in places:
