@@ -103,7 +103,7 @@ def test_the_papers_differences():
 
 
 def test_a_run_and_its_log(micro, image_folder):
-    run(image_folder, micro, "--only", "mae", "--lr", "2e-3")
+    run(image_folder, micro, "--only", "mae-0", "--lr", "2e-3")
     first, last = read(micro / "mae-0.jsonl")
     expected = {"name": "mae", "seed": 0, "recipe": MICRO.format(passes=2), "jobs": 1}
     expected |= {"flags": "--segments mae", "data": image_folder.name, "threads": 1}
@@ -118,7 +118,7 @@ def test_a_run_and_its_log(micro, image_folder):
     assert (last["lin"], last["knn"]) == (probes["linear"], probes["knn"])
 
     # What has a log is not done again.
-    run(image_folder, micro, "--only", "mae-0")
+    run(image_folder, micro, "--only", "mae")
     assert len(read(folder / "probes.jsonl")) == 2
     with pytest.raises(UserError, match="mae-0 is of another recipe: change --out"):
         run(image_folder, micro, "--only", "mae", passes=3)
@@ -345,10 +345,10 @@ def test_a_planted_log_changes_a_verdict_and_the_picture(logged):
 
 
 def test_other_logs_have_their_own_place_and_are_in_the_picture(logged, monkeypatch):
-    drawn = []
+    drawn = {}
 
     def note(pen, place, words, *others):
-        drawn.append(words)
+        drawn[words] = place
 
     monkeypatch.setattr(ev.ImageDraw.ImageDraw, "text", note)
     before = report()
@@ -358,7 +358,8 @@ def test_other_logs_have_their_own_place_and_are_in_the_picture(logged, monkeypa
     log(hundred, "mae", 60, 61, recipe=recipe)
     log(hundred, "square-16-4", 62, 63, recipe=recipe)
     report()
-    assert "100 passes" in drawn and "60.5 mae" in drawn
+    assert "100 passes" in drawn
+    assert drawn["60.5 mae"][1] < drawn["50.0 patch-random"][1]  # it is higher up
 
     with pytest.raises(UserError, match="no lines <!-- hundred --> and <!-- /hundred -->"):
         report(hundred)
