@@ -860,8 +860,7 @@ def load_folder(config, train):
         kinds = ", ".join(sorted({path.suffix or path.name for path in left_out})[:9]) or "none"
         found = f"{len(training)} images of {len(classes)} classes, {len(held_out)} held out"
         rest = f"{len(left_out) - folders} files and {folders} folders left out ({kinds})"
-        scaled = f"each is scaled to {size} x {size} pixels, which are {config.tokens} tokens"
-        print(f"{config.data_dir}: {found}, {rest}; {scaled}: --image-size {2 * size} keeps more")
+        print(f"{config.data_dir}: {found}, {rest}")
     chosen = training if train else held_out
     labels = torch.tensor([label for _, label in chosen], dtype=torch.int64)
     if not chosen:
@@ -1159,11 +1158,15 @@ def begin_run(config, saved, model, device):
     (run / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    S, N = config.image_size, config.tokens
+    more = f"--image-size {2 * S} keeps more, at {4 * N} tokens"
+    print(f"each image is scaled to {S} x {S} pixels, which are {N} tokens: {more}")
     print(f"{run}: {config.model}, {millions:.2f} million parameters, {device.type}, {precision}")
     if device.type == "cpu" and millions > 2:  # nano has 1.5
-        words = ["--model", "nano", "--max-steps", 5000, "--dataset", config.dataset]
-        if config.data_dir:
-            words += ["--data-dir", config.data_dir]
+        words = ["--model", "nano", "--max-steps", 320_000 // max(64, N)]
+        for name in ("dataset", "data_dir", "image_size", "patch_size"):
+            if getattr(config, name) != getattr(Config(), name):
+                words += [flag_name(name), getattr(config, name)]
         command = command_line("randsac.py", *words)
         print(f"without a GPU this may take days; to end within the hour: {command}")
 
