@@ -13,7 +13,7 @@
 # take it, too, so that its adapter comes back as soon as somebody looks.
 # It matters to who fine-tunes torch's own layers: the loss falls, evaluations are the base model's.
 # Remedies: merge_and_unload() or torch.backends.mha.set_fastpath_enabled(False).
-# Versions: torch 2.14.1, peft 0.21.2, Python 3.11, Linux, CPU; 2026-11-27. Exits with 1 if it changes.
+# Versions: torch 2.14.1, peft 0.21.2, Python 3.11, CPU; 2026-11-27. Exits with 1 if it changes.
 set -eu
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
