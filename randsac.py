@@ -799,23 +799,26 @@ def draw_part(labels, size, generator):
     return (image.clamp(0, 1) * 255).round().byte()
 
 
+def is_hidden(name):
+    """Whether a file or folder is a system's, and not the user's."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
+
+
 def list_split(split):
     """-> (path, class) of the images in split/CLASS/ and below, and the paths of all else."""
     images = []
     others = []
-    ours = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")  # a system's, like .git
     for path in sorted([*split.glob("*"), *split.glob("*/**/*")]):
         *folders, name = path.relative_to(split).parts
-        hidden = [part.startswith(".") or part in ours for part in (*folders, name)]
-        # Links to folders in a class are left out, too: they may lead in circles.
-        open_folder = path.is_dir() and not (folders and path.is_symlink()) and not hidden[-1]
+        if any(map(is_hidden, folders)):
+            continue  # it is left out with its folder
+        linked = folders and path.is_symlink()  # in a class links to folders may lead in circles
         named = name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
-        if any(hidden[:-1]):
-            continue  # left out with its folder
-        if open_folder:
+        if is_hidden(name):
+            others.append(path)
+        elif path.is_dir() and not linked:
             next(path.iterdir(), None)  # an error where it may not be read: glob would say nothing
-            continue
-        if folders and named and path.is_file() and not hidden[-1]:
+        elif folders and named and path.is_file():
             images.append((path, folders[0]))
         else:
             others.append(path)
