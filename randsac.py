@@ -1163,7 +1163,7 @@ def begin_run(config, saved, model, device):
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     S, N = config.image_size, config.tokens
     more = f"--image-size {2 * S} keeps more, at {4 * N} tokens"
-    print(f"each image is scaled to {S} x {S} pixels, which are {N} tokens: {more}")
+    print(f"each image is {S} x {S} pixels here, which are {N} tokens: {more}")
     print(f"{run}: {config.model}, {millions:.2f} million parameters, {device.type}, {precision}")
     if device.type == "cpu" and millions > 2:  # nano has 1.5
         words = ["--model", "nano", "--max-steps", 320_000 // max(64, N)]
@@ -1237,7 +1237,9 @@ def train(config, saved, device, process=0, world=1):
     if process == 0:
         begin_run(config, saved, model, device)
         save(first)
-        print(f"{steps / per_epoch:.3g} passes, {steps} steps of {B} images; {first} are done")
+        print(
+            f"{steps / per_epoch:.3g} passes, {steps} steps of {B} images, from step {first + 1} on"
+        )
 
     losses = []
     bar = progress(steps * B, initial=first * B, disable=process > 0)
