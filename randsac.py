@@ -555,7 +555,7 @@ class Config:
     lr: float = flag(None, "peak learning rate for each 256 images of the batch")
     skip: bool = flag(True, "trainable skip connections (Section 4.2; Tables 1 to 6: none)")
     target: str = flag(None, "what is predicted (Section 5)", choices=["normalized", "pixels"])
-    crop_scale: float = flag(0.3, "smallest share of the image that a random crop keeps, about")
+    crop_scale: float = flag(0.3, "smallest share of the image, roughly, that a random crop keeps")
     epochs: int = flag(None, "passes over the training images (Table 7: 1600)")
     max_steps: int = flag(0, "stop after this many steps; 0: after the last epoch")
     batch_size: int = flag(None, "images in a step, over all processes")
@@ -629,8 +629,8 @@ class Config:
             wanted = f"choose of {sorted(squares)}, each dividing the one before"
             fits = nested and squares.issuperset(counts)
             check(fits, f"--hierarchy {counts} cuts no squares within squares: {wanted}")
-        acts = self.last_rank < max(segments - 1, 1)
-        check(acts, f"--last-rank {self.last_rank} changes nothing in {segments} segments")
+        words = f"--last-rank {self.last_rank} changes nothing in {segments} segments"
+        check(self.last_rank < max(segments - 1, 1), words)
 
     @property
     def grid(self):
@@ -644,8 +644,8 @@ class Config:
 
 
 def with_flags(trained, given):
-    """A trained model's Config with the flags given, a dict, in its place. What hangs on them goes
-    with them; UserError where they contradict the model itself."""
+    """A trained model's Config with the flags given, a dict, in its place. Settings that depend on
+    a changed flag go back to their defaults. UserError where a flag contradicts the model itself."""
     settings = dataclasses.asdict(trained) | {"out": "", "init": "", "device": "auto"}
     for name in ("patch_size", "model", "dim", "depth", "heads", "decoder_depth", "skip"):
         words = f"the trained model has {flag_name(name)} {settings[name]}: leave this flag out"
@@ -845,8 +845,8 @@ def list_folder(root):
 
 
 def images_key(config, files):
-    """Tells whether images are the same, by the names and sizes of all files and the bytes of some:
-    never by times, nor by decoded pixels, which differ between releases of Pillow."""
+    """A key that is the same for the same images: of the names and sizes of all files and the bytes
+    of some, never of times, nor of decoded pixels, which differ between releases of Pillow."""
     known = [config.dataset, config.image_size]
     for file in files:
         known.append((file.relative_to(config.data_dir).as_posix(), file.stat().st_size))
@@ -955,9 +955,8 @@ def random_crops(count, crop_scale, device="cpu", generator=None):
     move_y = (2 * y - 1) * (1 - height)
     width = torch.where(flip < 0.5, width, -width)
     zero = torch.zeros_like(x)
-    to_x = torch.stack([width, zero, move_x], 1)  # [count,3]
-    to_y = torch.stack([zero, height, move_y], 1)  # [count,3]
-    return torch.stack([to_x, to_y], 1)
+    rows = torch.stack([width, zero, move_x, zero, height, move_y], 1)  # [count,6]
+    return rows.view(count, 2, 3)
 
 
 def crop(images, crops, size):
@@ -1109,8 +1108,8 @@ def load_model(path):
 
 
 def load_training_images(config, process=0, world=1):
-    """-> training images, held-out images of every class, who the training images are, and whether
-    probe.py can use their labels."""
+    """-> training images, held-out images of every class, the key of the training images, and
+    whether probe.py can use their labels."""
     if process > 0:
         dist.barrier()  # the first process downloads and decodes, then the others find it done
     images, _, classes = load_images(config, train=True)
@@ -1145,16 +1144,15 @@ def build(config, saved, device):
 
 
 def begin_run(config, saved, model, device):
-    """Makes the run's directory, whose name config.out then has, as it is before its next step, and
-    says what is about to happen."""
+    """Makes the run's directory, notes its name in config.out, writes the log up to here, and says
+    what is about to happen."""
     if not config.out:
         moment = time.strftime("%Y%m%d-%H%M%S")
         config.out = f"runs/{config.dataset}-{config.segments}-{moment}-{os.getpid()}"
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
-    with open(
-        run / "metrics.jsonl", "w" if "rows" in saved else "x"
-    ) as log:  # x: nobody was faster
+    mode = "w" if "rows" in saved else "x"  # x fails where another process was faster
+    with open(run / "metrics.jsonl", mode) as log:
         log.writelines(json.dumps(row) + "\n" for row in saved.get("rows", []))
     precision = pick_precision(config.precision, device)
     settings = dataclasses.asdict(config) | {"precision": precision}
@@ -1167,9 +1165,10 @@ def begin_run(config, saved, model, device):
     print(f"{run}: {config.model}, {millions:.2f} million parameters, {device.type}, {precision}")
     if device.type == "cpu" and millions > 2:  # nano has 1.5
         words = ["--model", "nano", "--max-steps", 320_000 // max(64, N)]
-        for name in ("dataset", "data_dir", "image_size", "patch_size"):
-            if getattr(config, name) != getattr(Config(), name):
-                words += [flag_name(name), getattr(config, name)]
+        for name in ("dataset", "data_dir", "image_size", "patch_size", "segments", "hierarchy"):
+            value = getattr(config, name)
+            if value != getattr(Config(), name):
+                words += [flag_name(name), *(value if name == "hierarchy" else [value])]
         command = command_line("randsac.py", *words)
         print(f"without a GPU this may take days; to end within the hour: {command}")
 
@@ -1237,9 +1236,7 @@ def train(config, saved, device, process=0, world=1):
     if process == 0:
         begin_run(config, saved, model, device)
         save(first)
-        print(
-            f"{steps / per_epoch:.3g} passes, {steps} steps of {B} images, from step {first + 1} on"
-        )
+        print(f"{steps / per_epoch:.4g} passes, {steps} steps of {B} images, from step {first + 1}")
 
     losses = []
     bar = progress(steps * B, initial=first * B, disable=process > 0)
@@ -1268,7 +1265,7 @@ def train(config, saved, device, process=0, world=1):
             if not saves and done % LOG_EVERY != 0:
                 continue
             loss = over_processes(torch.stack(losses).mean() / world, world, dist.ReduceOp.SUM)
-            mend = f"begin another run with a lower --lr; {config.out}/checkpoint.pt is from before"
+            mend = "begin another run with a lower --lr; the last checkpoint is from before"
             check(math.isfinite(loss), f"the loss is {loss} at step {done}: {mend}")
             if process == 0:
                 rate = len(losses) * B / (time.perf_counter() - start)
@@ -1350,9 +1347,7 @@ def read_flags(given):
         config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
         for name in given.keys() - {"out", "device", "data_dir", "compile"}:
             value = getattr(trained, name)
-            words = (
-                f"{run} was begun with {flag_name(name)} {value}: leave that as it is, or {again}"
-            )
+            words = f"{run} has {flag_name(name)} {value}: leave that as it is, or {again}"
             check(getattr(config, name) == value, words)
         return config, saved
 
@@ -1361,14 +1356,14 @@ def read_flags(given):
     there = []
     if "out" in given and place.is_dir():
         there = os.listdir(place)
-    if run:  # what a start leaves that was cut off before it had saved
+    if run:  # files of a start that was cut off before its first checkpoint
         started = ("config.json", "metrics.jsonl", "checkpoint.pt.")
         there = [name for name in there if not name.startswith(started)]
         flags = given.keys() - {"out"}
         check(flags, f"{run} holds no run to go on with; to begin one there, give its flags too")
     mend = f"go on by {command_line('randsac.py', '--resume', place)}, or choose another directory"
     check(not there, f"{place} is in use: {mend}")
-    saved = {"rows": []} if run else {}
+    saved = {"rows": []} if run else {}  # with rows, the log may be written anew
     if "init" not in given:
         return Config(**given), saved
     start, _, trained = load_checkpoint(user_path(given["init"]))
@@ -1378,7 +1373,7 @@ def read_flags(given):
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
     launched = dist.is_torchelastic_launched()
-    torchruns = os.environ.get("GROUP_WORLD_SIZE", "1")  # that train together
+    torchruns = os.environ.get("GROUP_WORLD_SIZE", "1")  # machines that train together
     launchers = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
     for name in launchers if launched else ["WORLD_SIZE", *launchers]:
         alone = os.environ.get(name, "") in ("", torchruns)
