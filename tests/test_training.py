@@ -1,9 +1,11 @@
 """The command randsac.py: flags, a step, runs, resuming, several processes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -453,8 +455,11 @@ def test_init_begins_with_the_weights_alone(finished, tmp_path, monkeypatch):
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
+    """Of those that no system hands out by itself: no connection takes it in the meantime."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 def member(process, world, cwd, commands, ports, stop):
@@ -485,7 +490,7 @@ def train_on(world, commands, stop=None):
     for one in group:
         one.start()
     for one in group:
-        one.join(600)
+        one.join(300)
     codes = [one.exitcode for one in group]
     for one in group:
         one.kill()
