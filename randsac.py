@@ -645,7 +645,7 @@ class Config:
 
 def with_flags(trained, given):
     """A trained model's Config with the flags given, a dict, in its place. Settings that depend on
-    a changed flag go back to their defaults. UserError where a flag contradicts the model itself."""
+    a changed flag go back to their defaults. UserError where a flag contradicts the model."""
     settings = dataclasses.asdict(trained) | {"out": "", "init": "", "device": "auto"}
     for name in ("patch_size", "model", "dim", "depth", "heads", "decoder_depth", "skip"):
         words = f"the trained model has {flag_name(name)} {settings[name]}: leave this flag out"
@@ -1167,7 +1167,7 @@ def begin_run(config, saved, model, device):
         words = ["--model", "nano", "--max-steps", 320_000 // max(64, N)]
         for name in ("dataset", "data_dir", "image_size", "patch_size", "segments", "hierarchy"):
             value = getattr(config, name)
-            if value != getattr(Config(), name):
+            if value and value != getattr(Config(), name):  # mae and patch have no hierarchy
                 words += [flag_name(name), *(value if name == "hierarchy" else [value])]
         command = command_line("randsac.py", *words)
         print(f"without a GPU this may take days; to end within the hour: {command}")

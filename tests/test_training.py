@@ -558,3 +558,14 @@ def test_processes_that_do_not_fit_are_refused(torchrun, tmp_path, monkeypatch):
     said = refusal(run_here, *flags_of("images", out=tmp_path / "run"))
     assert names("--batch-size" if torchrun else "WORLD_SIZE", said)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", ["mae", "patch", "blob --hierarchy 7 3"])
+def test_the_command_without_a_gpu_keeps_the_order(order, image_folder, tmp_path, capsys):
+    flags = f"--model tiny --device cpu --dataset folder --max-steps 1 --batch-size 2 --segments {order}"
+    assert run_here(*flags.split(), "--data-dir", image_folder, "--out", tmp_path / "r") == 0
+    words = shlex.split(capsys.readouterr().out.partition("within the hour: ")[2].splitlines()[0])
+    config = randsac.Config(**vars(randsac.make_parser("").parse_args(words[2:])))
+    assert (config.model, config.data_dir) == ("nano", str(image_folder))
+    assert order.startswith(config.segments)
+    assert order == "blob --hierarchy 7 3" or config.hierarchy == ()
