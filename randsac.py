@@ -1164,13 +1164,8 @@ def begin_run(config, saved, model, device):
     print(f"each image is {S} x {S} pixels here, which are {N} tokens: {more}")
     print(f"{run}: {config.model}, {millions:.2f} million parameters, {device.type}, {precision}")
     if device.type == "cpu" and millions > 2:  # nano has 1.5
-        words = ["--model", "nano", "--max-steps", 320_000 // max(64, N)]
-        for name in ("dataset", "data_dir", "image_size", "patch_size", "segments", "hierarchy"):
-            value = getattr(config, name)
-            if value and value != getattr(Config(), name):  # mae and patch have no hierarchy
-                words += [flag_name(name), *(value if name == "hierarchy" else [value])]
-        command = command_line("randsac.py", *words)
-        print(f"without a GPU this may take days; to end within the hour: {command}")
+        words = f"--model nano --max-steps {320_000 // max(64, N)}"
+        print(f"without a GPU this may take days; with {words} it ends within the hour")
 
 
 @contextlib.contextmanager
@@ -1330,40 +1325,40 @@ def run_command(main):
     sys.exit(2)
 
 
+def go_on(checkpoint, given):
+    """-> the Config of a run that is there, and all that its checkpoint holds. Flags may repeat the
+    run's; where it computes, and where its images lie, may differ."""
+    saved, _, trained = load_checkpoint(checkpoint)
+    again = f"begin another run by {command_line('randsac.py', '--init', checkpoint)}"
+    check("optimizer" in saved, f"{checkpoint} holds only a model: {again}")
+    config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
+    for name in given.keys() - {"out", "device", "data_dir", "compile"}:
+        value = getattr(trained, name)
+        words = f"the run has {flag_name(name)} {value}: leave that as it is, or {again}"
+        check(getattr(config, name) == value, words)
+    return config, saved
+
+
 def read_flags(given):
     """The flags given -> Config of the run, and what it begins with: all that the checkpoint of a
     run to go on with holds, or the weights that --init names, or nothing."""
     check("" not in given.values(), "a flag is empty: give it a value, or leave it out")
-    run = given.pop("resume", None)
-    if run:
+    resumes = "resume" in given
+    if resumes:
         check("out" not in given, "--resume names the run's directory: leave out --out")
-        given["out"] = run
-    path = user_path(given.get("out", "")) / "checkpoint.pt"
-    if run and path.exists():
-        # Flags may repeat the run's. Where it computes, and where its images lie, may differ.
-        saved, _, trained = load_checkpoint(path)
-        again = f"begin another run by {command_line('randsac.py', '--init', path)}"
-        check("optimizer" in saved, f"{run} holds only a model: {again}")
-        config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
-        for name in given.keys() - {"out", "device", "data_dir", "compile"}:
-            value = getattr(trained, name)
-            words = f"{run} has {flag_name(name)} {value}: leave that as it is, or {again}"
-            check(getattr(config, name) == value, words)
-        return config, saved
+        given["out"] = given.pop("resume")
+    run = user_path(given.get("out", ""))
+    if resumes and (run / "checkpoint.pt").exists():
+        return go_on(run / "checkpoint.pt", given)
 
-    # A directory holds one run.
-    place = path.parent
-    there = []
-    if "out" in given and place.is_dir():
-        there = os.listdir(place)
-    if run:  # files of a start that was cut off before its first checkpoint
-        started = ("config.json", "metrics.jsonl", "checkpoint.pt.")
-        there = [name for name in there if not name.startswith(started)]
-        flags = given.keys() - {"out"}
-        check(flags, f"{run} holds no run to go on with; to begin one there, give its flags too")
-    mend = f"go on by {command_line('randsac.py', '--resume', place)}, or choose another directory"
-    check(not there, f"{place} is in use: {mend}")
-    saved = {"rows": []} if run else {}  # with rows, the log may be written anew
+    # A directory holds one run. One that was cut off before its first checkpoint has but a log.
+    flags = given.keys() - {"out"}
+    check(flags or not resumes, f"{run} holds no run; to begin one there, give its flags too")
+    begun = resumes and (run / "metrics.jsonl").exists()
+    mend = f"go on by {command_line('randsac.py', '--resume', run)}, or choose another directory"
+    used = "out" in given and run.is_dir() and os.listdir(run)
+    check(begun or not used, f"{run} is in use: {mend}")
+    saved = {"rows": []} if resumes else {}  # with rows, the log may be written anew
     if "init" not in given:
         return Config(**given), saved
     start, _, trained = load_checkpoint(user_path(given["init"]))
@@ -1372,13 +1367,16 @@ def read_flags(given):
 
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
+    # srun and mpirun start a machine's task once, and torchrun in it what trains together.
     launched = dist.is_torchelastic_launched()
-    torchruns = os.environ.get("GROUP_WORLD_SIZE", "1")  # machines that train together
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     launchers = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
-    for name in launchers if launched else ["WORLD_SIZE", *launchers]:
-        alone = os.environ.get(name, "") in ("", torchruns)
+    if not launched:
+        launchers.append("WORLD_SIZE")
+    for name in launchers:
+        tasks = os.environ.get(name, machines)
         words = "as many trainings would run side by side: start one task, with torchrun in it"
-        check(alone, f"{name} is {os.environ.get(name)}, but torchrun did not set it; {words}")
+        check(tasks in ("", machines), f"{name} is {tasks}; {words}")
     if not launched:
         return 0, 1
     process = int(os.environ["RANK"])
