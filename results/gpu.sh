@@ -12,8 +12,9 @@
 #   few       500, 5,000 and all images, STEPS (8000) steps each             few.txt, logs
 #   small     the README's model for CIFAR-10, SMALL (60) passes             small.txt, logs
 #
-# Without STEP the first three run, and the evidence goes on until SECONDS are over. Logs of runs
-# are packed into OUT/logs.tar.gz.
+# Without STEP the first three run, and the evidence goes on until SECONDS are over. Logs of runs,
+# and checkpoints of the evidence's unfinished ones, are packed into OUT/logs.tar.gz: unpacked here
+# or on another machine, the same command goes on with them.
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -lt 3 ]; then
@@ -45,8 +46,12 @@ limited() { # limited SECONDS NAME COMMAND ...: its output goes to OUT/NAME.txt
 }
 
 pack() {
-  find "$logs" \( -name '*.jsonl' -o -name config.json -o -name '*.txt' \) -print0 |
-    tar -czf "$out/logs.part" --null -T - && mv "$out/logs.part" "$out/logs.tar.gz"
+  {
+    find "$logs" -name '*.jsonl' -o -name config.json -o -name '*.txt'
+    for run in runs/hundred/*; do
+      [ -f "$logs/hundred/${run##*/}.jsonl" ] || find "$run" -name checkpoint.pt 2>/dev/null
+    done
+  } | tar -czf "$out/logs.part" -T - && mv "$out/logs.part" "$out/logs.tar.gz"
 }
 trap 'kill $(jobs -p) 2>/dev/null; pack; exit 1' INT TERM
 (while sleep 15; do pack; done) &
@@ -70,9 +75,8 @@ for step in $steps; do
   test) limited 90 test "$python" -m pytest -rA --durations=10 tests/test_gpu.py ;;
   speed) limited 120 speed "$python" results/speed.py --out "$out/speed.jsonl" ;;
   evidence)
-    # A run that is cut off in the end goes on when the same command is given again.
     limited 3600 evidence "$python" results/evidence.py run --data-dir "$folder" \
-      --passes "${PASSES:-100}" --batch-size 512 --jobs "${JOBS:-4}" --out "$logs/evidence" \
+      --passes "${PASSES:-100}" --batch-size 512 --jobs "${JOBS:-4}" --out "$logs/hundred" \
       --seconds "$(left 3600)" --seeds 3 --only patch-raster patch-random square-16 square-16-4 \
       blob-9 scatter-9 no-skip mae square-16-k4
     ;;
