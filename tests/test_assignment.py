@@ -120,7 +120,9 @@ def test_pytest_grades_the_hand_out(hand_out, monkeypatch, capsys):
     assert re.findall(r"^PASSED \S+::(\w+)", output, re.MULTILINE) == passed
     assert len(re.findall(r"^FAILED", output, re.MULTILINE)) == 4
     assert "exercise 8 (Section 5): write token_loss" in output
-    assert "Unknown pytest.mark" not in output
+    pytest.main(["--markers"])
+    marks = re.findall(r"^@pytest.mark.exercise(\d):", capsys.readouterr().out, re.MULTILINE)
+    assert marks == list("12345678")
 
 
 def test_a_directory_in_use_and_wrong_flags_are_refused(tmp_path):
