@@ -13,6 +13,7 @@ import randsac
 
 
 def check_form(returned, words, shape, dtype=None):
+    """What a function returned, and `words` describe, has this shape and, if given, this dtype."""
     found = list(returned.shape)
     assert found == shape, f"{words}: shape {shape}, not {found}"
     if dtype is not None:
@@ -68,10 +69,8 @@ def test_unpatchify_puts_every_pixel_back():
     images = randsac.unpatchify(tokens.float(), 2)
     check_form(images, "9 tokens of 2 x 2 pixels are 6 x 6 pixels", [2, 3, 6, 6])
     wrong = (images != numbered_images(6, 6)).nonzero().tolist()
-    words = (
-        f"{len(wrong)} of 216 values are in the wrong place, as at [image, channel, row, column]"
-    )
-    assert not wrong, f"{words} = {wrong[0]}"
+    words = f"{len(wrong)} of 216 values are in the wrong place, the first at"
+    assert not wrong, f"{words} [image, channel, row, column] = {wrong[0]}"
 
 
 # --- 2: square segments (Section 3.2)
@@ -115,9 +114,10 @@ def winners(points, *gaussians):
 def test_distance_counts_in_deviations():
     wide = ((0, 0), (4, 1), 0)
     narrow = ((3, 0), (0.5, 0.5), 0)
-    words = "(2, 0) is 2 / 4 deviations from the wide Gaussian at (0, 0) and 1 / 0.5 from the "
-    words += "narrow one at (3, 0): the first wins, though the other's mean is nearer, its density "
-    words += "there higher"
+    words = (
+        "(2, 0) is 2 / 4 deviations from the wide Gaussian and 1 / 0.5 from the narrow one: the "
+    )
+    words += "first wins, though the mean of the second is nearer and its density there is higher"
     assert winners([(2, 0)], wide, narrow) == [0], words
     circle = ((0, 0), (2, 2), 0)
     words = "(0, 3) lies along y, where the wide Gaussian has a deviation of only 1"
