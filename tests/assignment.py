@@ -25,17 +25,9 @@ EXERCISES = {  # number: section of the paper, functions of randsac.py
     8: ("5", ["token_loss"]),
 }
 # What is copied. Not the project's README, nor the explorer: they hold answers.
-FILES = [
-    "LICENSE",
-    "CITATION.cff",
-    "requirements.txt",
-    "assets/nano-cifar10",
-    "assets/segments.png",
-    "assets/hierarchy.png",
-    "probe.py",
-    "visualize.py",
-    "tests/test_exercises.py",
-]
+FILES = ["LICENSE", "CITATION.cff", "requirements.txt", "probe.py", "visualize.py"]
+FILES += ["assets/nano-cifar10/*.*", "assets/nano-cifar10/images/*"]
+FILES += ["assets/segments.png", "assets/hierarchy.png", "tests/test_exercises.py"]
 
 
 def find_functions(source):
@@ -66,20 +58,17 @@ def take_out(source):
 def main(arguments):
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    words = "a new or empty directory"
-    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help=words)
-    out = parser.parse_args(arguments).out
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
+    out = user_path(parser.parse_args(arguments).out)
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     check(free, f"{out} exists and is not an empty directory: choose another --out")
 
     # Copy what stays as it is.
     for name in FILES:
-        inside = (ROOT / name).rglob("*")  # of a folder
-        for file in [ROOT / name, *inside]:
-            if file.is_file():
-                place = out / file.relative_to(ROOT)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, place)
+        for file in ROOT.glob(name):
+            place = out / file.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
     shutil.copyfile(ROOT / "tests/ASSIGNMENT.md", out / "ASSIGNMENT.md")
 
     # Take the exercises out.

@@ -11,6 +11,15 @@ import torch
 
 import randsac
 
+
+def check_form(returned, words, shape, dtype=None):
+    """What a function returned, and `words` describe, has this shape and, if given, this dtype."""
+    found = list(returned.shape)
+    assert found == shape, f"{words}: shape {shape}, not {found}"
+    if dtype is not None:
+        assert returned.dtype == dtype, f"{words}: {dtype}, not {returned.dtype}"
+
+
 # --- 1: tokens (Section 3.1)
 
 TOKEN = [0, 1, 2, 10, 11, 12, 100, 101, 102, 110, 111, 112]
@@ -20,7 +29,7 @@ def numbered_images(height, width):
     """-> [2,3,height,width], where 1234 is channel 4 of the pixel in row 2, column 3 of image 1."""
     axes = [torch.arange(size) for size in (2, 3, height, width)]
     image, channel, row, column = torch.meshgrid(*axes, indexing="ij")
-    return 1000 * image + 100 * row + 10 * column + channel
+    return (1000 * image + 100 * row + 10 * column + channel).float()
 
 
 def tokens_by_hand(corners):
@@ -32,26 +41,19 @@ def tokens_by_hand(corners):
 
 @pytest.mark.exercise1
 def test_tokens_are_the_patches_in_raster_order():
-    tokens = randsac.patchify(numbered_images(4, 6), 2)
-    shape = list(tokens.shape)
-    assert shape == [2, 6, 12], (
-        f"4 x 6 pixels in patches of 2 x 2: 6 tokens of 2 * 2 * 3 values, [2, 6, 12], not {shape}"
-    )
+    tokens = randsac.patchify(numbered_images(4, 6), 2).long()
+    words = "4 x 6 pixels in patches of 2 x 2 are 6 tokens of 2 * 2 * 3 values"
+    check_form(tokens, words, [2, 6, 12])
     expected = tokens_by_hand([0, 20, 40, 200, 220, 240])
     for b in range(2):
         for n in range(6):
             right = expected[b, n].tolist()
             found = tokens[b, n].tolist()
-            values = (
-                f"token {n} of image {b} should be {right} but is {found} (1234 is channel 4 of "
-                f"the pixel in row 2, column 3 of image 1)"
-            )
-            assert sorted(found) == sorted(right), (
-                f"these are not the pixels of patch {n}: {values}"
-            )
-            assert found == right, (
-                f"a token is [P,P,C], its pixels row by row, a pixel's channels together: {values}"
-            )
+            words = f"token {n} of image {b} should be {right} but is {found} (1234 is channel 4 "
+            words += "of the pixel in row 2, column 3 of image 1)"
+            assert sorted(found) == sorted(right), f"not the pixels of patch {n}: {words}"
+            order = "a token is [P,P,C], its pixels row by row, a pixel's channels together"
+            assert found == right, f"{order}: {words}"
 
 
 @pytest.mark.exercise1
@@ -64,14 +66,11 @@ def test_a_patch_size_that_does_not_divide_the_image_is_refused():
 @pytest.mark.exercise1
 def test_unpatchify_puts_every_pixel_back():
     tokens = tokens_by_hand([0, 20, 40, 200, 220, 240, 400, 420, 440])
-    images = randsac.unpatchify(tokens, 2)
-    shape = list(images.shape)
-    assert shape == [2, 3, 6, 6], f"9 tokens of 2 x 2 pixels are 6 x 6 pixels: not {shape}"
+    images = randsac.unpatchify(tokens.float(), 2)
+    check_form(images, "9 tokens of 2 x 2 pixels are 6 x 6 pixels", [2, 3, 6, 6])
     wrong = (images != numbered_images(6, 6)).nonzero().tolist()
-    assert not wrong, (
-        f"of 216 values {len(wrong)} are in the wrong place; the first is at [image, channel, row, "
-        f"column] = {wrong[0]}"
-    )
+    words = f"{len(wrong)} of 216 values are in the wrong place, the first at"
+    assert not wrong, f"{words} [image, channel, row, column] = {wrong[0]}"
 
 
 # --- 2: square segments (Section 3.2)
@@ -90,18 +89,15 @@ def test_squares_are_M_by_M_tokens():
         letters = picture.replace(" ", "")
         N = grid * grid
         ids = randsac.square_segments(grid, count)
-        shape = list(ids.shape)
-        assert shape == [N], f"one id for each of {grid} x {grid} tokens: [{N}], not {shape}"
-        assert ids.dtype == torch.int64, f"ids are int64, not {ids.dtype}"
+        check_form(ids, f"an id for each of {grid} x {grid} tokens", [N], torch.int64)
         outside = [k for k in ids.tolist() if k not in range(N)]
         assert not outside, f"an id is one of 0..{N - 1}, not {outside[0]}"
         for i in range(N):
             for j in range(i):
                 together = letters[i] == letters[j]
-                assert (ids[i] == ids[j]) == together, (
-                    f"{grid} x {grid} tokens in {count} squares: tokens {j} and {i} are in "
-                    f"{'one square' if together else 'two squares'} of {picture}"
-                )
+                squares = "one square" if together else "two squares"
+                words = f"{grid} x {grid} tokens in {count} squares: tokens {j} and {i} are in"
+                assert (ids[i] == ids[j]) == together, f"{words} {squares} of {picture}"
 
 
 # --- 3: blob segments (Section 3.2)
@@ -118,27 +114,22 @@ def winners(points, *gaussians):
 def test_distance_counts_in_deviations():
     wide = ((0, 0), (4, 1), 0)
     narrow = ((3, 0), (0.5, 0.5), 0)
-    assert winners([(2, 0)], wide, narrow) == [0], (
-        "(2, 0) is 2 / 4 deviations from the wide Gaussian at (0, 0) and 1 / 0.5 from the narrow "
-        "one at (3, 0): the first wins, although the mean of the second is nearer and its density "
-        "there is higher"
+    words = (
+        "(2, 0) is 2 / 4 deviations from the wide Gaussian and 1 / 0.5 from the narrow one: the "
     )
-    large = ((0, 0), (4, 4), 0)
-    small = ((4.2, 0), (1, 1), 0)
-    assert winners([(3, 0)], large, small) == [0], "3 / 4 deviations are less than 1.2 / 1"
+    words += "first wins, though the mean of the second is nearer and its density there is higher"
+    assert winners([(2, 0)], wide, narrow) == [0], words
     circle = ((0, 0), (2, 2), 0)
-    assert winners([(0, 3)], wide, circle) == [1], (
-        "(0, 3) lies along y, where the wide Gaussian has a deviation of only 1"
-    )
+    words = "(0, 3) lies along y, where the wide Gaussian has a deviation of only 1"
+    assert winners([(0, 3)], wide, circle) == [1], words
 
 
 @pytest.mark.exercise3
 def test_the_angle_turns_from_x_towards_y():
     long = ((0, 0), (4, 1), 0.7854)  # pi / 4
     circle = ((0, 0), (2, 2), 0)
-    assert winners([(2, 2), (2, -2)], long, circle) == [0, 1], (
-        "turned by pi / 4 from x towards y, the long axis runs through (2, 2), not through (2, -2)"
-    )
+    words = "turned by pi / 4 from x towards y, the long axis runs through (2, 2), not (2, -2)"
+    assert winners([(2, 2), (2, -2)], long, circle) == [0, 1], words
 
 
 # What 20 random points are nearest to, in three samples, by inverting covariance matrices.
@@ -151,15 +142,12 @@ def test_the_nearest_of_random_gaussians():
     drawn = torch.rand(3, 32, 2, generator=generator, dtype=torch.double)
     points, mean, deviation, angle = drawn.split((20, 4, 4, 4), 1)
     ids = randsac.nearest_gaussian(points, mean, 0.1 + deviation, 3.14 * angle[..., 0])
-    shape = list(ids.shape)
-    assert shape == [3, 20], f"an id for each point: [B,n] = [3, 20], not {shape}"
-    assert ids.dtype == torch.int64, f"ids are int64, not {ids.dtype}"
+    check_form(ids, "an id for each point: [B,n]", [3, 20], torch.int64)
     for b in range(3):
         for n in range(20):
-            assert ids[b, n] == int(NEAREST[b][n]), (
-                f"sample {b}: point {n} is nearest to Gaussian {NEAREST[b][n]}, not {ids[b, n]}; "
-                f"is each axis turned, and divided by its own deviation?"
-            )
+            words = f"sample {b}: point {n} is nearest to Gaussian {NEAREST[b][n]}, not {ids[b, n]}"
+            hint = "is each axis turned, and divided by its own deviation?"
+            assert ids[b, n] == int(NEAREST[b][n]), f"{words}; {hint}"
 
 
 # --- 4: hierarchical serialization (Section 3.3)
@@ -171,14 +159,12 @@ def test_raster_order_goes_by_first_tokens():
     fine = torch.tensor([[4, 1, 4, 1, 0, 0, 6, 1], [7, 7, 2, 2, 5, 5, 3, 3]])
     coarse = torch.tensor([[7, 3, 7, 3, 7, 7, 3, 3], [6, 6, 1, 1, 6, 6, 1, 1]])
     flat = randsac.serialize([fine], "raster").tolist()
-    assert flat == [[0, 1, 0, 1, 2, 2, 3, 1], [0, 0, 1, 1, 2, 2, 3, 3]], (
-        "the place of a segment is that of its first token: 4, 1, 0, 6 in the first sample"
-    )
+    words = "the place of a segment is that of its first token: 4, 1, 0, 6 in the first sample"
+    assert flat == [[0, 1, 0, 1, 2, 2, 3, 1], [0, 0, 1, 1, 2, 2, 3, 3]], words
     nested = randsac.serialize([fine, coarse], "raster").tolist()
-    assert nested == [[0, 2, 0, 2, 1, 1, 3, 2], [0, 0, 2, 2, 1, 1, 3, 3]], (
-        "in the first sample partition 7 holds token 0, so all of it comes first (segments 4, 0); "
-        "then comes partition 3 (segments 1, 6)"
-    )
+    words = "in the first sample partition 7 holds token 0, so all of it comes first (segments 4, "
+    words += "0); then comes partition 3 (segments 1, 6)"
+    assert nested == [[0, 2, 0, 2, 1, 1, 3, 2], [0, 0, 2, 2, 1, 1, 3, 3]], words
 
 
 # Levels of two samples of 12 tokens; the second sample has fewer segments.
@@ -194,26 +180,22 @@ def test_random_ranks_are_dense_and_every_partition_is_finished_before_the_next(
     for depth in (1, 2, 3):
         levels = [level.repeat(10, 1) for level in NESTED[:depth]]
         ranks = randsac.serialize(levels, "random", torch.Generator().manual_seed(depth))
-        shape = list(ranks.shape)
-        assert shape == [20, 12], f"a rank for each token: [B,N] = [20, 12], not {shape}"
-        assert ranks.dtype == torch.int64, f"ranks are int64, not {ranks.dtype}"
+        check_form(ranks, "a rank for each token: [B,N]", [20, 12], torch.int64)
         for b, row in enumerate(ranks):
             finest = levels[0][b]
             K = len(finest.unique())
-            assert row.unique().tolist() == list(range(K)), (
-                f"{K} segments have the ranks 0..{K - 1}, not {row.tolist()}"
-            )
+            words = f"{K} segments have the ranks 0..{K - 1}, not {row.tolist()}"
+            assert row.unique().tolist() == list(range(K)), words
             for i, level in enumerate(levels):
                 for part in level[b].unique():
                     tokens = level[b] == part
                     mine = row[tokens].unique().tolist()
-                    assert len(mine) == len(finest[tokens].unique()), (
-                        "the tokens of one finest segment, and no others, share a rank"
-                    )
-                    assert mine[-1] - mine[0] + 1 == len(mine), (
-                        f"a partition is finished before the next begins: the {len(mine)} segments "
-                        f"of one in levels[{i}] have ranks that follow one another, not {mine}"
-                    )
+                    words = "the tokens of one finest segment, and no others, share a rank"
+                    assert len(mine) == len(finest[tokens].unique()), words
+                    words = f"the {len(mine)} segments of one in levels[{i}] have ranks that "
+                    words += f"follow one another, not {mine}"
+                    follow = mine[-1] - mine[0] + 1 == len(mine)
+                    assert follow, f"a partition is finished before the next begins: {words}"
 
 
 @pytest.mark.exercise4
@@ -227,14 +209,11 @@ def test_each_sample_draws_its_own_order_and_all_are_equally_likely():
         expanded = [ids.expand(4000, -1) for ids in levels]
         ranks = randsac.serialize(expanded, "random", torch.Generator().manual_seed(1))
         counts = Counter(map(tuple, ranks.tolist()))
-        assert len(counts) > 1, (
-            f"each sample draws its own order; here all 4000 have the same: {ranks[0].tolist()}"
-        )
+        words = "each sample draws its own order; here all 4000 have the same"
+        assert len(counts) > 1, f"{words}: {ranks[0].tolist()}"
         expected = 4000 / orders
-        words = (
-            f"there are {orders} orders, each of about {expected:.0f} of 4000 samples; here they "
-            f"are {dict(counts)}"
-        )
+        words = f"there are {orders} orders, each of about {expected:.0f} of 4000 samples; "
+        words += f"here they are {dict(counts)}"
         assert len(counts) == orders, words
         chi_square = sum((n - expected) ** 2 / expected for n in counts.values())
         assert chi_square < 45, words  # above it by chance less than once in a million times
@@ -245,9 +224,8 @@ def test_the_generator_decides_the_order():
     levels = [level.repeat(30, 1) for level in NESTED]
     first = randsac.serialize(levels, "random", torch.Generator().manual_seed(2))
     again = randsac.serialize(levels, "random", torch.Generator().manual_seed(2))
-    assert torch.equal(first, again), (
-        "draw from `generator` only: with the same seed the ranks are the same"
-    )
+    words = "draw from `generator` only: with the same seed the ranks are the same"
+    assert torch.equal(first, again), words
 
 
 # --- 5: attention masks (Section 4.1)
@@ -258,17 +236,13 @@ def check_mask(name, may_look, reason):
     number = ["source", "target", "memory"].index(name)  # the order in which they are returned
     ranks = torch.tensor([[2, 0, 1, 0, 3, 1], [1, 1, 0, 2, 2, 3]])
     mask = randsac.attention_masks(ranks)[number]
-    assert mask.dtype == torch.bool, f"{name} mask: bool, not {mask.dtype}"
-    shape = list(mask.shape)
-    assert shape == [2, 6, 6], f"{name} mask: [B,N,N] = [2, 6, 6] for ranks [B,N], not {shape}"
+    check_form(mask, f"{name} mask [B,N,N] for ranks [B,N]", [2, 6, 6], torch.bool)
     for b, row in enumerate(ranks.tolist()):
         for i, rank in enumerate(row):
             for j, other in enumerate(row):
                 right = may_look[rank][other] == "1"
-                assert mask[b, i, j] == right, (
-                    f"{name} mask at row {i} (rank {rank}) and column {j} (rank {other}) should be "
-                    f"{right}: {reason}"
-                )
+                place = f"{name} mask at row {i} (rank {rank}) and column {j} (rank {other})"
+                assert mask[b, i, j] == right, f"{place} should be {right}: {reason}"
     alone = randsac.attention_masks(ranks[0])[number]
     assert torch.equal(alone, mask[0]), f"{name} mask: ranks [N], without a batch, give [N,N]"
 
@@ -310,13 +284,11 @@ def test_memory_of_a_decoder_layer_is_its_row_of_W_times_the_encoder_layers():
         memories = list(model.mix_skips(layers))
         assert len(memories) == len(W), f"{len(W)} decoder layers, but {len(memories)} memories"
         for Z, row in zip(memories, W):
-            shape = list(Z.shape)
-            assert shape == [2, 5, 16], f"a memory is [B,n,D] = [2, 5, 16], not {shape}"
+            check_form(Z, "a memory is [B,n,D]", [2, 5, 16])
             expected = row[0] + 10 * row[1] + 100 * row[2]
-            assert torch.allclose(Z, expected * layers[0]), (
-                f"with H^2 = 10 H^1, H^3 = 100 H^1 and a row {row} of W, Z is {expected} H^1; here "
-                f"it begins with {Z[0, 0, 0].item()} H^1"
-            )
+            words = f"with H^2 = 10 H^1, H^3 = 100 H^1 and a row {row} of W, Z is {expected} H^1"
+            right = torch.allclose(Z, expected * layers[0])
+            assert right, f"{words}; here it begins with {Z[0, 0, 0].item()} H^1"
 
 
 @pytest.mark.exercise6
@@ -325,19 +297,15 @@ def test_W_is_trained():
     total = sum(Z.sum() for Z in model.mix_skips(layers))
     assert total.requires_grad, "no gradient reaches W: use the parameter self.skip itself"
     total.backward()
-    words = "every entry of W gets a gradient"
-    assert model.skip.grad is not None, words
-    assert (model.skip.grad != 0).all(), words
+    gradient = model.skip.grad
+    assert gradient is not None and gradient.all(), "every entry of W gets a gradient"
 
 
 @pytest.mark.exercise6
 def test_without_skips_every_decoder_layer_reads_the_last_encoder_layer():
     model, layers = small_model(decoder_depth=2, skip=False)
     memories = list(model.mix_skips(layers))
-    words = (
-        "with --no-skip (self.config.skip is False, and there is no W) each of the 2 decoder "
-        "layers reads H^3"
-    )
+    words = "with --no-skip (self.config.skip is False: there is no W) both decoder layers read H^3"
     assert len(memories) == 2, words
     for Z in memories:
         assert torch.equal(Z, layers[-1]), words
@@ -358,13 +326,11 @@ def test_each_patch_is_normalized_by_its_own_mean_and_variance():
     values = [patch[0] for patch in PATCHES]
     tokens = torch.tensor(values, dtype=torch.double).view(2, 2, 4)
     target = randsac.normalize_patches(tokens)
-    shape = list(target.shape)
-    assert shape == [2, 2, 4], f"a target has the shape of the tokens, [2, 2, 4], not {shape}"
+    check_form(target, "a target is shaped as the tokens are", [2, 2, 4])
     for found, (patch, mean, variance, expected) in zip(target.view(4, 4).tolist(), PATCHES):
-        assert found == pytest.approx(expected, abs=1e-4), (
-            f"the values {patch} have the mean {mean} and the unbiased variance {variance:.3g}; "
-            f"less the mean, over sqrt(variance + 1e-6), they are {expected}, not {found}"
-        )
+        words = f"{patch} have the mean {mean} and the unbiased variance {variance:.3g}; less the "
+        words += f"mean, over sqrt(variance + 1e-6), they are {expected}, not {found}"
+        assert found == pytest.approx(expected, abs=1e-4), words
 
 
 # --- 8: loss (Section 5)
@@ -378,42 +344,35 @@ def loss_of(errors, ranks):
     prediction = target + torch.tensor(errors)[..., None] * torch.tensor([-1.0, 1.0, 2.0])
     prediction.requires_grad_()
     loss = randsac.token_loss(prediction, target, ranks)
-    shape = list(loss.shape)
-    assert shape == [], f"the loss is one number, of shape [], not {shape}"
+    check_form(loss, "the loss is one number", [])
     loss.backward()
-    assert prediction.grad.isfinite().all(), (
-        "the gradient of a sample that predicts nothing is NaN: something is divided by 0"
-    )
+    words = "the gradient of a sample that predicts nothing is NaN: something is divided by 0"
+    assert prediction.grad.isfinite().all(), words
     return round(loss.item(), 4)
 
 
 @pytest.mark.exercise8
 def test_loss_of_a_token_is_the_mean_square_over_its_values():
-    assert loss_of([[9.0, 3.0]], [[0, 1]]) == 18, (
-        "a token that is off by -3, 3 and 6 has the error (9 + 9 + 36) / 3 = 18"
-    )
+    words = "a token that is off by -3, 3 and 6 has the error (9 + 9 + 36) / 3 = 18"
+    assert loss_of([[9.0, 3.0]], [[0, 1]]) == 18, words
 
 
 @pytest.mark.exercise8
 def test_tokens_of_rank_0_are_not_scored():
-    assert loss_of([[9.0, 1.0, 2.0, 9.0]], [[0, 1, 2, 0]]) == 5, (
-        "the errors of the two tokens of rank >= 1 are 2 and 8; their mean is 5, whatever those of "
-        "rank 0 are"
-    )
+    words = "two tokens have a rank >= 1, and the errors 2 and 8: their mean is 5"
+    assert loss_of([[9.0, 1.0, 2.0, 9.0]], [[0, 1, 2, 0]]) == 5, words
 
 
 @pytest.mark.exercise8
 def test_loss_is_the_mean_over_samples_of_their_means():
     errors = [[9.0, 1.0, 1.0, 1.0], [9.0, 9.0, 9.0, 3.0]]
     ranks = [[0, 1, 1, 2], [0, 0, 0, 1]]
-    assert loss_of(errors, ranks) == 10, (
-        "the three tokens of the first sample have the mean 2, the one of the second has 18: the "
-        "loss is (2 + 18) / 2 = 10, as samples count alike however many tokens they predict"
-    )
+    words = "three tokens of one sample have the mean 2, one of the other has 18: samples count "
+    words += "alike however many tokens they predict, so the loss is (2 + 18) / 2 = 10"
+    assert loss_of(errors, ranks) == 10, words
 
 
 @pytest.mark.exercise8
 def test_a_sample_that_predicts_nothing_counts_zero():
-    assert loss_of([[9.0, 3.0], [9.0, 9.0]], [[0, 1], [0, 0]]) == 9, (
-        "the second sample is one segment, of rank 0, and counts zero: the loss is (18 + 0) / 2 = 9"
-    )
+    words = "the second sample has only rank 0 and counts zero: the loss is (18 + 0) / 2 = 9"
+    assert loss_of([[9.0, 3.0], [9.0, 9.0]], [[0, 1], [0, 0]]) == 9, words

@@ -21,30 +21,27 @@ def test_patchify_is_cut_out_by_hand(size, patch):
     assert torch.equal(randsac.unpatchify(tokens, patch), images)
 
 
-@pytest.mark.parametrize("target", ["normalized", "pixels"])
-def test_loss_is_mean_square_over_predicted_tokens_then_samples(target):
-    config = micro(segments="blob", hierarchy=(3,), target=target)
+@pytest.mark.parametrize("patch, target", [(4, None), (4, "pixels"), (1, None)])
+def test_loss_is_mean_square_over_predicted_tokens_then_samples(patch, target):
+    settings = {"image_size": 4 * patch, "patch_size": patch, "target": target}
+    config = micro(segments="blob", hierarchy=(3,), **settings)
     model = random_model(config)
-    images = torch.randn(6, 3, 16, 16).double()
+    images = torch.randn(6, 3, 4 * patch, 4 * patch).double()
     ranks = randsac.sample_ranks(config, 6, generator=randsac.seeded("cpu", 5))
     ranks[0] = 0  # a single segment: nothing is predicted, it counts zero
-    prediction = model.predict(images, ranks)
-    tokens = randsac.patchify(images, 4)
     losses = []
-    for b in range(6):
+    counts = set()
+    for row, prediction, tokens in zip(
+        ranks, model.predict(images, ranks), randsac.patchify(images, patch)
+    ):
         errors = []
         for n in range(16):
-            wanted = tokens[b, n]
-            if target == "normalized":
+            wanted = tokens[n]
+            if patch > 1 and target is None:  # by default, but not of a single pixel
                 wanted = (wanted - wanted.mean()) / (wanted.var() + 1e-6).sqrt()
-            if ranks[b, n] > 0:
-                errors.append(((prediction[b, n] - wanted) ** 2).mean().item())
+            if row[n] > 0:
+                errors.append((prediction[n] - wanted).square().mean().item())
         losses.append(sum(errors) / max(len(errors), 1))
-    counts = {int((row > 0).sum()) for row in ranks}
+        counts.add(len(errors))
     assert len(counts) > 2  # else means over samples and over tokens would be the same
     assert model(images, ranks).item() == pytest.approx(sum(losses) / 6, abs=1e-10)
-
-
-def test_pixel_tokens_are_predicted_as_plain_pixels_by_default():
-    assert micro(patch_size=1, image_size=4, segments="patch").target == "pixels"
-    assert micro().target == "normalized"
