@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, micro
+from conftest import ROOT, micro, random_model
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,13 +105,59 @@ def test_sentences_name_the_tokens_that_the_masks_allow():
 
 
 def data_of(page):
-    return json.loads(re.search(r'type="application/json">(.*?)</script>', page).group(1))
+    [text] = re.findall(r'type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def picture_of(address):
     """A PNG file as an address -> int64 [H,W,4]"""
     file = io.BytesIO(base64.b64decode(address.split(",")[1]))
     return np.asarray(Image.open(file).convert("RGBA")).astype(int)
+
+
+def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_predicts(tmp_path):
+    flags = {"segments": "blob", "hierarchy": (7, 3), "last_rank": 4, "image_size": 48, "seed": 3}
+    model = random_model(micro(**flags)).float()
+    images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
+    ranks = randsac.sample_ranks(model.config, 5)
+    labels = ["a", "</script><b>&amp; \N{SNOWMAN} <!--", "c", "d", "e"]
+    what = SimpleNamespace(model=model, config=model.config, ranks=ranks, flags=flags)
+    what.images = (images / 127.5 - 1, labels)
+    what.runs = [tmp_path / "micro"]
+    page = visualize.draw_explore(what)
+    before, after = TEMPLATE.split(">{}</script>")
+    assert page.startswith(before) and page.endswith(after)
+    data = data_of(page)
+    assert data["size"] == {"dim": 16, "depth": 2, "decoder_depth": 2, "patch_size": 4}
+
+    assert [entry["name"] for entry in data["strategies"]] == [
+        *visualize.STRATEGIES,
+        "yours: blob 7 3",
+    ]
+    for i, entry in enumerate(data["strategies"]):
+        typed = randsac.make_parser("").parse_args(entry["flags"].split())
+        strategy = randsac.Config(**vars(typed))
+        orders = randsac.sample_ranks(strategy, 8, generator=randsac.seeded("cpu", 3, i)).tolist()
+        assert entry["ranks"] == [r for k, r in enumerate(orders) if r not in orders[:k]]
+        assert entry["patch_size"] == strategy.patch_size
+        assert entry["grid"] == strategy.grid and entry["levels"] == list(strategy.hierarchy)
+
+    assert data["model"]["name"] == "micro" and len(data["model"]["images"]) == 4
+    x = images / 127.5 - 1
+    truth = randsac.normalize_patches(randsac.patchify(x, 4))
+    with torch.no_grad():
+        errors = (model.predict(x, ranks) - truth).square().mean(-1)
+    for i, entry in enumerate(data["model"]["images"]):
+        assert entry["label"] == labels[i] and entry["grid"] == 12
+        assert entry["ranks"] == ranks[i].tolist()
+        found = [math.nan if error is None else error for error in entry["errors"]]
+        assert found == pytest.approx(errors[i].tolist(), abs=6e-4, nan_ok=True)
+        photo = picture_of(entry["image"])[..., :3]
+        predicted = picture_of(entry["predicted"])[..., :3]
+        given = np.kron(ranks[i].view(12, 12) == 0, np.ones((4, 4))) > 0
+        assert (photo == images[i].movedim(0, -1).numpy()).all()
+        assert (predicted[given] == photo[given]).all()
+        assert (predicted[~given] != photo[~given]).any()
 
 
 @pytest.fixture(scope="module")
