@@ -256,7 +256,8 @@ def strategies(shown, count):
     if not shown.flags.keys().isdisjoint(ORDER_FLAGS):
         name = " ".join(["yours:", config.segments, *map(str, config.hierarchy)])
         settings = vars(config)
-        changed = [flag for flag in ORDER_FLAGS if settings[flag] not in (vars(Config())[flag], ())]
+        default = vars(Config())
+        changed = [flag for flag in ORDER_FLAGS if settings[flag] not in (default[flag], ())]
         words = [f"{flag_name(flag)} {settings[flag]}" for flag in changed]
         chosen[name] = " ".join(words).translate(str.maketrans("", "", "(),"))
     parser = randsac.make_parser("")
@@ -441,7 +442,7 @@ def draw_predictions(shown):
     predicted, errors = predict(shown.model, images[:5], shown.ranks)
     errors = errors.nan_to_num(0)  # of what is given
     worst = errors.max().item()
-    heats = blend(errors / worst)  # [B,N,3]
+    heats = blend(errors / max(worst, 1e-9))  # [B,N,3]
     side = column(8)
     rows = []
     for i, photo in enumerate(photos(images[:5])):
@@ -579,11 +580,13 @@ def draw_neighbours(shown):
     Q = len(asked)
     others, classes, names = randsac.load_images(shown.config, train=True)
     check(len(others) > NEAREST, f"it takes more than {NEAREST} training images")
-    among = torch.linspace(0, len(others) - 1, min(len(others), SEARCHED)).long()
+    count = min(len(others), SEARCHED)
+    among = torch.linspace(0, len(others) - 1, count).long()
 
     # Cosines with all others, in parts that fit in memory.
     parts = []
-    for part in tqdm(among.split(max(1, 4096 // model.config.tokens)), "neighbours", disable=None):
+    batch = max(1, 4096 // model.config.tokens)
+    for part in tqdm(among.split(batch), "neighbours", disable=None):
         x = torch.cat([asked, randsac.normalize(others[part], size)])
         features = F.normalize(model.encode(x).mean(1), dim=1)  # [Q+n,D]
         pixels = F.normalize(x.flatten(1), dim=1)  # [Q+n,3SS]
@@ -775,7 +778,8 @@ class Shown:
 
         # In random order, but first one of each class.
         names = [classes[label] for label in labels.tolist()]
-        order = torch.randperm(len(names), generator=seeded("cpu", config.seed, 1)).tolist()
+        generator = seeded("cpu", config.seed, 1)
+        order = torch.randperm(len(names), generator=generator).tolist()
         firsts = {names[i]: i for i in reversed(order)}
         order = list(dict.fromkeys([*firsts.values(), *order]))[:MOST]
         return randsac.normalize(images[order], size), [names[i] for i in order]

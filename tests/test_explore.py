@@ -130,10 +130,8 @@ def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_pr
     data = data_of(page)
     assert data["size"] == {"dim": 16, "depth": 2, "decoder_depth": 2, "patch_size": 4}
 
-    assert [entry["name"] for entry in data["strategies"]] == [
-        *visualize.STRATEGIES,
-        "yours: blob 7 3",
-    ]
+    names = [entry["name"] for entry in data["strategies"]]
+    assert names == [*visualize.STRATEGIES, "yours: blob 7 3"]
     for i, entry in enumerate(data["strategies"]):
         typed = randsac.make_parser("").parse_args(entry["flags"].split())
         strategy = randsac.Config(**vars(typed))

@@ -18,8 +18,7 @@ import randsac
 import visualize as vz
 from randsac import RandSAC, UserError, attention_masks, sample_ranks
 
-STRATEGIES = [("patch", ()), ("square", (16, 4)), ("blob", (11, 5)), ("scatter", (9,)), ("mae", ())]
-of_every_strategy = pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
+of_every_strategy = pytest.mark.parametrize("segments", randsac.HIERARCHIES)
 PROBE = {"dataset": "folder", "data_dir": "images", "features": "encoder", "random_init": False}
 LINEAR = {**PROBE, "protocol": "linear", "top1": 41.25}
 UNTRAINED = {**LINEAR, "random_init": True, "top1": 30.5}
@@ -74,8 +73,8 @@ def as_image(pixels, size):
     return Image.fromarray(pixels.movedim(0, -1).numpy()).resize((size, size), Image.NEAREST)
 
 
-def ranks_of(segments, hierarchy, image_size=32):
-    return sample_ranks(micro(segments=segments, hierarchy=hierarchy, image_size=image_size), 1)[0]
+def ranks_of(segments, image_size=32):
+    return sample_ranks(micro(segments=segments, image_size=image_size), 1)[0]
 
 
 def rgb(code):
@@ -151,16 +150,9 @@ def test_a_page_holds_images_in_rows_below_their_words():
 
 
 @of_every_strategy
-def test_a_map_has_a_colour_for_each_rank_and_white_lines_around_segments(
-    segments, hierarchy, monkeypatch
-):
-    ranks = ranks_of(segments, hierarchy)
-    words = calls_of("write", monkeypatch)
+def test_a_map_has_a_colour_for_each_rank_and_white_lines_around_segments(segments):
+    ranks = ranks_of(segments)
     image = vz.token_map(ranks, 8 * 40)
-    middles = [(40 * c + 20, 40 * r + 20) for r in range(8) for c in range(8)]
-    assert [(*call[1], int(call[2])) for call in words] == [
-        (*middle, rank) for middle, rank in zip(middles, ranks.tolist())
-    ]
     seen = cells(image, 8, 8)
     grid = ranks.view(8, 8).numpy()
     assert colours(seen) == ranks.max() + 1
@@ -192,8 +184,8 @@ def test_the_segments_picture_holds_an_order_of_every_strategy_and_of_yours(monk
 
 
 @of_every_strategy
-def test_mask_panels_are_the_masks_with_what_is_left_out(segments, hierarchy):
-    ranks = ranks_of(segments, hierarchy, image_size=16)
+def test_mask_panels_are_the_masks_with_what_is_left_out(segments):
+    ranks = ranks_of(segments, 16)
     last_rank = ranks.max().item()
     first = (ranks == 0).numpy()
     last = (ranks == last_rank).numpy()
@@ -216,7 +208,7 @@ def test_the_masks_picture_holds_figure_4_and_blocks_when_serialized(monkeypatch
     words = calls_of("write", monkeypatch)
     sheets = calls_of("sheet", monkeypatch)
     few = torch.tensor([2, 0, 1, 2, 0, 1])
-    ranks = ranks_of("square", (16, 4))
+    ranks = ranks_of("square")
     vz.draw_masks(shown(ranks=ranks[None]))
     unit = vz.column(7) / 3
     middles = [(unit * (c + 0.5), unit * (r + 0.5)) for r in range(2) for c in range(3)]
@@ -234,12 +226,10 @@ def test_the_masks_picture_holds_figure_4_and_blocks_when_serialized(monkeypatch
     assert (steps <= 0).all()  # a row is blue, and from some column on it is not
 
 
-@pytest.mark.parametrize("segments, hierarchy", [("patch", ()), ("blob", (11,)), ("mae", ())])
-def test_frames_reveal_segment_by_segment_and_end_with_the_whole_photo(
-    segments, hierarchy, tmp_path
-):
+@pytest.mark.parametrize("segments", ["square", "blob", "mae"])
+def test_frames_reveal_segment_by_segment_and_end_with_the_whole_photo(segments, tmp_path):
     photo = random_images(1, 32) // 2  # never the grey of what is hidden
-    ranks = ranks_of(segments, hierarchy, image_size=16)
+    ranks = ranks_of(segments, 16).clamp(max=6)
     frames = vz.draw_order(shown(images=photo, ranks=ranks[None]))
     assert len(frames) == ranks.max() + 1
     vz.save(frames, tmp_path / "order.gif")
@@ -293,10 +283,8 @@ def test_a_perfect_prediction_is_shown_as_the_image_and_has_no_error(target):
 
 
 @of_every_strategy
-def test_steps_show_predictions_among_true_pixels_of_lower_ranks_only(
-    segments, hierarchy, monkeypatch
-):
-    config = micro(segments=segments, hierarchy=hierarchy, image_size=32, target="pixels")
+def test_steps_show_predictions_among_true_pixels_of_lower_ranks_only(segments, monkeypatch):
+    config = micro(segments=segments, image_size=32, target="pixels")
     model = RandSAC(config)
     model.predict = lambda images, ranks: torch.full((1, 64, 48), -1.0)  # black everywhere
     images = random_images(1, 32)
