@@ -256,8 +256,8 @@ def strategies(shown, count):
     if not shown.flags.keys().isdisjoint(ORDER_FLAGS):
         name = " ".join(["yours:", config.segments, *map(str, config.hierarchy)])
         settings = vars(config)
-        default = vars(Config())
-        changed = [flag for flag in ORDER_FLAGS if settings[flag] not in (default[flag], ())]
+        default = vars(Config()) | {"hierarchy": ()}
+        changed = [flag for flag in ORDER_FLAGS if settings[flag] != default[flag]]
         words = [f"{flag_name(flag)} {settings[flag]}" for flag in changed]
         chosen[name] = " ".join(words).translate(str.maketrans("", "", "(),"))
     parser = randsac.make_parser("")
@@ -490,6 +490,7 @@ def attention_weights(model, run, *inputs):
     def note(attention, inputs, output):
         x, memory, mask = inputs
         q, k, _ = attention.split(x, memory)  # [1,h,N,d] each
+        # Of values that are one-hot, attention makes its weights.
         one_hot = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)  # [1,h,N,N]
         weights = F.scaled_dot_product_attention(q, k, one_hot, attn_mask=mask)
         found.append(weights[0])
@@ -508,8 +509,8 @@ def draw_attention(shown):
     image = shown.images[0][:1]  # [1,3,H,W]
     ranks = shown.ranks[0]
     # By default the first of a middle rank: some segments are hidden from it.
-    middle = ranks.tolist().index(ranks.max() // 2)
-    token = shown.flags.get("token", middle)
+    middle = ranks.max().item() // 2
+    token = shown.flags.get("token", ranks.tolist().index(middle))
     check(0 <= token < len(ranks), f"there is no --token {token}: the last is {len(ranks) - 1}")
 
     # The model as it was trained, the encoder as it is probed, and what each of them may look at.
@@ -711,9 +712,10 @@ def draw_explore(shown):
             entry["errors"] = [None if math.isnan(error) else round(error, 3) for error in found]
             data["model"]["images"].append(entry)
 
-    page = Path(__file__).with_name("assets") / "explore.html"
+    file = Path(__file__).with_name("assets") / "explore.html"
+    template = file.read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # so no label ends the script
-    return page.read_text(encoding="utf-8").replace(">{}</script>", f">{text}</script>")
+    return template.replace(">{}</script>", f">{text}</script>")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -758,7 +760,7 @@ class Shown:
         if self.model is None:  # no model minds: the larger, the nicer
             size = config.grid * math.ceil(128 / config.grid)
 
-        # A shipped checkpoint has a few images beside it, for a machine without its data set.
+        # A shipped checkpoint has a few images beside it, shown unless others are asked for.
         paths = []
         if "image" in flags:
             paths = [flags["image"]] * 5

@@ -116,7 +116,7 @@ def picture_of(address):
 
 
 def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_predicts(tmp_path):
-    flags = {"segments": "blob", "hierarchy": (7, 3), "last_rank": 4, "image_size": 48, "seed": 3}
+    flags = {"segments": "blob", "hierarchy": (16, 4), "last_rank": 4, "image_size": 48, "seed": 3}
     model = random_model(micro(**flags)).float()
     images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
     ranks = randsac.sample_ranks(model.config, 5)
@@ -131,7 +131,7 @@ def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_pr
     assert data["size"] == {"dim": 16, "depth": 2, "decoder_depth": 2, "patch_size": 4}
 
     names = [entry["name"] for entry in data["strategies"]]
-    assert names == [*visualize.STRATEGIES, "yours: blob 7 3"]
+    assert names == [*visualize.STRATEGIES, "yours: blob 16 4"]
     for i, entry in enumerate(data["strategies"]):
         typed = randsac.make_parser("").parse_args(entry["flags"].split())
         strategy = randsac.Config(**vars(typed))
@@ -139,6 +139,7 @@ def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_pr
         assert entry["ranks"] == [r for k, r in enumerate(orders) if r not in orders[:k]]
         assert entry["patch_size"] == strategy.patch_size
         assert entry["grid"] == strategy.grid and entry["levels"] == list(strategy.hierarchy)
+    assert all(getattr(strategy, flag) == value for flag, value in flags.items())  # yours
 
     assert data["model"]["name"] == "micro" and len(data["model"]["images"]) == 4
     x = images / 127.5 - 1
@@ -160,7 +161,8 @@ def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_pr
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds explore.html as the README's command writes it where there is no data set."""
+    """Holds explore.html as the README's command writes it where there is no data set, and pictures
+    for which the four images beside the checkpoint are enough."""
     folder = tmp_path_factory.mktemp("explore")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
