@@ -12,14 +12,11 @@ In a notebook, draw_masks(Shown({"segments": "blob"})) is an image, and the othe
 """
 
 import base64
-import collections
-import dataclasses
 import functools
 import io
 import itertools
 import json
 import math
-import re
 import textwrap
 from pathlib import Path
 
@@ -36,6 +33,9 @@ from randsac import Config, UserError, check, flag_name, sample_ranks, seeded
 WIDTH = 1600  # of a page in pixels: twice what a README shows, so that it is sharp
 MARGIN = 40
 GAP = 20  # between images
+MOST = 512  # images at most: the first few for pictures, all for loss-by-rank
+NEAREST = 6  # neighbours shown
+SEARCHED = 5_000  # training images that neighbours are looked for among, at most
 
 INK = "#1A1A1A"
 DIM = "#5A5A5A"
@@ -95,15 +95,13 @@ def enlarge(cells, width):
 
 def outline(image, ids, colour=WHITE, width=1):
     """Draws lines inside of cells [R,C], where those of another id begin. Id 0 has none."""
-    large = F.interpolate(ids[None, None].float(), image.size[::-1])[0, 0]  # [H,W]
-    H, W = large.shape
+    W, H = image.size
+    large = F.interpolate(ids[None, None].float(), (H, W))[0, 0]  # [H,W]
 
     # A pixel lies on a line where one of its eight neighbours, `width` away, has another id.
-    around = F.pad(large, [width] * 4)
-    edge = torch.zeros(H, W, dtype=torch.bool)
-    for y, x in itertools.product((0, width, 2 * width), repeat=2):
-        edge |= around[y : y + H, x : x + W] != large
-    image.paste(colour, mask=to_pil_image(255 * (edge & (large > 0)).byte()))
+    around = F.pad(large, [width] * 4).unfold(0, H, width).unfold(1, W, width)  # [3,3,H,W]
+    line = (around != large).any(1).any(0) & (large > 0)
+    image.paste(colour, mask=to_pil_image(255 * line.byte()))
     return image
 
 
@@ -117,27 +115,20 @@ def write(image, place, words, size=24, colour=INK, anchor="la", align="left"):
     ImageDraw.Draw(image).text(place, words, colour, font(size), anchor, 10, align)
 
 
-def numbered(cells, width, labels):
-    """Cells uint8 [R,C,3] -> an image with their labels [R][C] in them, where these fit."""
-    image = enlarge(cells, width)
-    unit = width / len(labels[0])
-    longest = max(len(words) for row in labels for words in row)
-    dark = cells.float() @ torch.tensor([0.3, 0.59, 0.11]) < 110  # [R,C]
-    for r, row in enumerate(labels):
-        for c, words in enumerate(row):
-            ink = WHITE if dark[r, c] else INK
-            if unit > 13 * longest:
-                place = (unit * (c + 0.5), unit * (r + 0.5))
-                write(image, place, words, 22, ink, "mm")
-    return image
-
-
 def token_map(ranks, width, scale=RAMP):
-    """Ranks [N] as a grid of tokens, coloured and numbered by rank."""
+    """Ranks [N] as a grid of tokens, coloured by rank and, where the numbers fit in, numbered."""
     grid = as_grid(ranks)
     cells = blend(grid / max(1, grid.max()), scale)
-    labels = [[str(rank) for rank in row] for row in grid.tolist()]
-    return outline(numbered(cells, width, labels), grid + 1)
+    image = enlarge(cells, width)
+    columns = grid.shape[1]
+    unit = width / columns
+    if unit > 13 * len(str(grid.max().item())):
+        light = cells.flatten(0, 1).float() @ torch.tensor([0.3, 0.59, 0.11])  # [N]
+        for i, rank in enumerate(ranks.tolist()):
+            row, col = divmod(i, columns)
+            place = (unit * (col + 0.5), unit * (row + 0.5))
+            write(image, place, str(rank), 22, WHITE if light[i] < 110 else INK, "mm")
+    return outline(image, grid + 1)
 
 
 def swatch(words, scale=RAMP):
@@ -175,8 +166,8 @@ def ticks(low, high, most):
 
 
 def chart(height, series, x_label, y_label, names=None, marks=()):
-    """Series (style, points {x: y}, colour, label) -> an image. Styles: lines, dots, and bars,
-    which stand side by side. Names {x: words} replace the numbers below. Marks: vertical lines."""
+    """Series (style, points {x: y}, colour, label) -> an image. Styles: line, dots, and bars, which
+    come first. Names {x: words} replace the numbers below. Marks: where grey lines stand."""
     image = Image.new("RGB", (column(1), height), WHITE)
     pen = ImageDraw.Draw(image)
 
@@ -189,50 +180,55 @@ def chart(height, series, x_label, y_label, names=None, marks=()):
             write(image, (40, top - 4), label)
             top += 36
 
-    # The part of the plane that is shown. Bars are whole and begin at zero.
+    # The part of the plane that is shown. Bars begin at zero.
     xs = [x for _, points, _, _ in series for x in points]
     ys = [y for _, points, _, _ in series for y in points.values()]
-    bars = [one for one in series if one[0] == "bars"]
+    bars = sum(style == "bars" for style, _, _, _ in series)
+    if bars:
+        ys.append(0)
     left = min(xs) - 0.5
     right = max(xs) + 0.5
-    low = 0 if bars else min(ys)
+    low = min(ys)
     high = max(*ys, low + 1e-9)
 
     # Where it lies in the image, with room for words on all sides.
     if names is None:
         names = {x: f"{x:g}" for x in ticks(left, right, 12) if x == round(x)}
     foot = height - 76 - 34 * max(words.count("\n") for words in names.values())
-    x_unit = (image.width - 152) / (right - left)
-    y_unit = (foot - top - 40) / (high - low)
+    unit = (image.width - 152) / (right - left)
 
-    def place(x, y):
-        return 112 + x_unit * (x - left), foot - y_unit * (y - low)
+    def across(x):
+        return 112 + unit * (x - left)
+
+    def up(y):
+        return foot - (y - low) / (high - low) * (foot - top - 40)
 
     # Axes, with round numbers or names.
     for y in ticks(low, high, 6):
-        pen.line([place(left, y), place(right, y)], "#DDDDDD", 2)
-        write(image, place(left - 12 / x_unit, y), f"{y:g}", 24, DIM, "rm")
+        pen.line([112, up(y), image.width - 40, up(y)], "#DDDDDD", 2)
+        write(image, (100, up(y)), f"{y:g}", 24, DIM, "rm")
     for x, words in names.items():
-        write(image, place(x, low - 12 / y_unit), words, 24, DIM, "ma", "center")
+        write(image, (across(x), foot + 12), words, 24, DIM, "ma", "center")
+    for x in marks:
+        pen.line([across(x), foot, across(x), up(high)], DIM, 4)
     write(image, (image.width, height - 4), x_label, 24, DIM, "rd")
 
-    # The bars of one x fill four fifths of its room. Lines and dots lie over them.
-    share = 0.8 / max(1, len(bars))
-    for i, (_, points, colour, _) in enumerate(bars):
-        for x, y in points.items():
-            start = x - 0.4 + share * i
-            pen.rectangle([place(start, y), place(start + 0.96 * share, 0)], colour)
-            if share * x_unit > 60:  # as wide as a number
-                write(image, place(start + 0.48 * share, y), f"{y:#.3g}", 22, INK, "md")
-    for x in marks:
-        pen.line([place(x, low), place(x, high)], DIM, 4)
-    for style, points, colour, _ in series:
-        places = [place(x, y) for x, y in points.items()]
-        if style == "line" and len(points) > 1:
+    # The bars of one x fill four fifths of its room.
+    wide = 0.8 * unit / max(1, bars)
+    for i, (style, points, colour, _) in enumerate(series):
+        places = [(across(x), up(y)) for x, y in points.items()]
+        if style == "bars":
+            for (x, peak), y in zip(places, points.values()):
+                start = x + wide * (i - bars / 2)
+                upper, lower = sorted([peak, up(0)])
+                pen.rectangle([start, upper, start + 0.96 * wide, lower], colour)
+                if wide > 60:  # as a number is
+                    write(image, (start + 0.48 * wide, upper), f"{y:#.3g}", 22, INK, "md")
+        elif style == "line" and len(places) > 1:
             pen.line(places, colour, 4, "curve")
-        elif style != "bars":
-            for centre in places:
-                pen.circle(centre, 9, colour, WHITE, 2)
+        else:
+            for place in places:
+                pen.circle(place, 9, colour, WHITE, 2)
     return image
 
 
@@ -240,41 +236,48 @@ def chart(height, series, x_label, y_label, names=None, marks=()):
 # 2. Pictures that need no training
 
 STRATEGIES = {
-    "pixel raster": {"image_size": 16, "patch_size": 1, "segments": "patch", "order": "raster"},
-    "patch raster": {"segments": "patch", "order": "raster"},
-    "patch random": {"segments": "patch"},
-    "square 16": {"segments": "square", "hierarchy": (16,)},
-    "square 16 -> 4": {"segments": "square", "hierarchy": (16, 4)},
-    "blob 11 -> 5": {"segments": "blob", "hierarchy": (11, 5)},
-    "scatter 9": {"segments": "scatter", "hierarchy": (9,)},
-    "mae": {"segments": "mae"},
+    "pixel raster": "--image-size 16 --patch-size 1 --segments patch --order raster",
+    "patch raster": "--segments patch --order raster",
+    "patch random": "--segments patch",
+    "square 16": "--segments square --hierarchy 16",
+    "square 16 -> 4": "--segments square --hierarchy 16 4",
+    "blob 11 -> 5": "--segments blob --hierarchy 11 5",
+    "scatter 9": "--segments scatter --hierarchy 9",
+    "mae": "--segments mae",
 }
 ORDER_FLAGS = ("image_size", "patch_size", "segments", "hierarchy", "order", "last_rank", "seed")
 
 
-def strategies(shown):
-    """-> STRATEGIES and, where flags ask for one, yours: of its settings those of no default."""
-    if shown.flags.keys().isdisjoint(ORDER_FLAGS):
-        return STRATEGIES
+def strategies(shown, count):
+    """-> the name, flags, Config and `count` orders [count,N] of each of STRATEGIES and, where
+    shown.flags ask for one, of yours."""
+    chosen = dict(STRATEGIES)
     config = shown.config
-    name = f"yours: {config.segments} {' -> '.join(map(str, config.hierarchy))}"
-    changed = [flag for flag in ORDER_FLAGS if getattr(config, flag) != getattr(Config(), flag)]
-    return {**STRATEGIES, name.strip(): {flag: getattr(config, flag) for flag in changed}}
+    if not shown.flags.keys().isdisjoint(ORDER_FLAGS):
+        name = " ".join(["yours:", config.segments, *map(str, config.hierarchy)])
+        settings = vars(config)
+        default = vars(Config()) | {"hierarchy": ()}
+        changed = [flag for flag in ORDER_FLAGS if settings[flag] != default[flag]]
+        words = [f"{flag_name(flag)} {settings[flag]}" for flag in changed]
+        chosen[name] = " ".join(words).translate(str.maketrans("", "", "(),"))
+    parser = randsac.make_parser("")
+    for i, (name, flags) in enumerate(chosen.items()):
+        strategy = Config(**vars(parser.parse_args(flags.split())))
+        generator = seeded("cpu", config.seed, i)
+        yield name, flags, strategy, sample_ranks(strategy, count, generator=generator)
 
 
 def draw_segments(shown):
     """The strategies of the paper differ only in the rank that each token gets."""
-    in_figure = ["pixel raster", "patch raster", "patch random", "square 16", "blob 11 -> 5"]
-    images, _ = shown.images
-    [photo] = photos(images[:1])
+    letters = {"pixel raster": "(b) ", "patch raster": "(c) ", "patch random": "(d) "}
+    letters |= {"square 16": "(e) ", "blob 11 -> 5": "(f) "}
+    [photo] = photos(shown.images[0][:1])
     panels = [("(a) image", enlarge(photo, column(5)))]
-    for i, (name, settings) in enumerate(strategies(shown).items()):
-        strategy = Config(**settings)
-        ranks = sample_ranks(strategy, 1, generator=seeded("cpu", shown.config.seed, i))[0]
+    for name, _, strategy, [ranks] in strategies(shown, 1):
+        title = letters.get(name, "") + name
         kind = "pixels" if strategy.patch_size == 1 else "patches"
-        words = f"{name}\n{strategy.grid} x {strategy.grid} {kind}, {ranks.max() + 1} ranks"
-        if name in in_figure:
-            words = f"({'bcdef'[in_figure.index(name)]}) {words}"
+        count = ranks.max() + 1
+        words = f"{title}\n{strategy.grid} x {strategy.grid} {kind}, {count} ranks"
         panels.append((words, token_map(ranks, column(5))))
     note = """A cell is a token; its number and its colour are its rank. The tokens of one rank form
         a segment: they are predicted together, from those of lower rank. Rank 0 is given."""
@@ -291,15 +294,16 @@ def traversal(partitions, ranks, width):
 
     # The centre of a segment lies inside it, however bent it is: its tokens nearest to the mean.
     centres = []
+    homes = []
     for rank in range(grid.max() + 1):
         tokens = (grid == rank).nonzero().flip(1) + 0.5  # [n,2]: x, y
         far = (tokens - tokens.mean(0)).norm(dim=1)
-        centres.append(tokens[far < far.min() + 1e-5].mean(0) * width / len(grid))
+        nearest = tokens[far < far.min() + 1e-5]
+        centres.append(nearest.mean(0) * width / len(grid))
+        homes.append(partitions[ranks == rank][0].item())
 
     # Backwards, so that no arrow covers the head of an earlier one.
-    homes = ranks.new_zeros(len(centres))
-    homes[ranks] = partitions
-    leaves = homes.diff() != 0
+    leaves = [one != other for one, other in itertools.pairwise(homes)]
     pen = ImageDraw.Draw(image)
     for k in reversed(range(len(leaves))):
         start, end = centres[k : k + 2]
@@ -312,15 +316,14 @@ def traversal(partitions, ranks, width):
     for k, centre in enumerate(centres):
         pen.circle(centre.tolist(), 24, WHITE, INK, 2)
         write(image, centre.tolist(), str(k), 28, INK, "mm")
-    return image, f"leaves a partition in {leaves.sum()} of {len(leaves)} steps"
+    return image, f"leaves a partition in {sum(leaves)} of {len(leaves)} steps"
 
 
 def draw_hierarchy(shown):
     """A hierarchical order finishes a partition before it begins the next."""
-    config = shown.config
     configs = {"square": Config(), "blob": Config(segments="blob")}
-    if len(config.hierarchy) > 1:
-        configs[config.segments] = config
+    if len(shown.config.hierarchy) > 1:
+        configs[shown.config.segments] = shown.config
     rows = []
     for i, (segments, config) in enumerate(configs.items()):
         generator = seeded("cpu", shown.config.seed, i)
@@ -340,16 +343,19 @@ def draw_hierarchy(shown):
 def draw_order(shown, most=64):
     """One image, predicted segment by segment."""
     images, _ = shown.images
+    [photo] = photos(images[:1])
     ranks = shown.ranks[0]
     grid = as_grid(ranks)
     last = ranks.max().item()
-    [photo] = photos(images[:1])
-    words = "ranks: when each token is predicted"
-    in_numbers = token_map(ranks, len(grid) * (column(2) // len(grid)))
-    predicted = pil_to_tensor(in_numbers).movedim(0, -1)
     if shown.model:
         words = "predicted, each segment from true pixels"
-        [predicted], _ = predict(shown.model, images[:1], shown.ranks[:1])
+        [predicted], _ = predict(shown.model, images[:1], shown.ranks)
+    else:
+        words = "ranks: when each token is predicted"
+        width = column(2) - column(2) % len(grid)
+        predicted = pil_to_tensor(token_map(ranks, width)).movedim(0, -1)
+
+    note = "The outlined tokens are predicted next, from all that is known."
     frames = []
     for step in torch.linspace(1, last + 1, min(last + 1, most)).round().int().tolist():
         known = enlarge(reveal(photo, grid < step), column(2))
@@ -357,10 +363,8 @@ def draw_order(shown, most=64):
         outline(known, (grid + 1) * (grid >= step), "#E8E8E8")
         for image in (known, right):
             outline(image, grid == step, RED, 6)
-        note = f"Step {step} of {last}: the outlined tokens are predicted from all that is known."
-        if step > last:
-            note = f"After step {last} all tokens are predicted."
-        page = sheet("Segment by segment (Figure 1)", note, [[("known", known), (words, right)]])
+        left = (f"known after {step - 1} of {last} steps", known)
+        page = sheet("Segment by segment (Figure 1)", note, [[left, (words, right)]])
         frames.append(page.reduce(2))
 
     # One palette for all frames makes a far smaller file. The last two have all colours.
@@ -370,22 +374,25 @@ def draw_order(shown, most=64):
 
 def mask_panels(ranks, width, order, scale=RAMP):
     """Source, target and memory mask of ranks [N], the colours of the ranks along their sides."""
+    bands = blend(ranks / max(1, ranks.max()), scale)  # [N,3]
+    thick = 1 + len(ranks) // 20
+    size = len(ranks) + thick
+    if size < width:
+        width -= width % size  # so that all cells are alike
+
     # Section 4.1 leaves out the last segment as it encodes, and the first as it is decoded.
     first = ranks == 0
     last = ranks == ranks.max()
     ends = {"source": (last, last), "target": (first, first), "memory": (first, last)}
-    bands = blend(ranks / max(1, ranks.max()), scale)  # [N,3]
-    thick = 1 + len(ranks) // 20
-    size = len(ranks) + thick
     panels = []
-    for (name, (rows, columns)), mask in zip(ends.items(), randsac.attention_masks(ranks)):
+    for name, mask in zip(ends, randsac.attention_masks(ranks)):
+        rows, columns = ends[name]
         kind = mask.long().masked_fill(rows[:, None] | columns, 2)  # as in MASK
-        cells = torch.full((size, size, 3), 255, dtype=torch.uint8)
-        cells[thick:, thick:] = blend(kind / 2, MASK.values())
+        cells = blend(kind / 2, MASK.values())
+        cells = F.pad(cells, (0, 0, thick, 0, thick, 0), value=255)
         cells[:thick, thick:] = bands
         cells[thick:, :thick] = bands[:, None]
-        alike = width - width % size  # so are all cells, if there are not too many
-        panels.append((f"{name} mask\n{order}", enlarge(cells, max(alike, min(width, size)))))
+        panels.append((f"{name} mask\n{order}", enlarge(cells, width)))
     return panels
 
 
@@ -409,7 +416,7 @@ def draw_masks(shown):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Pictures of a trained model and its run
+# 3. Pictures of a trained model and its run, and the page to touch
 
 
 @torch.no_grad()
@@ -432,27 +439,29 @@ def predict(model, images, ranks):
 def draw_predictions(shown):
     """What the model predicts from the segments that are known."""
     images, labels = shown.images
-    predicted, errors = predict(shown.model, images[:5], shown.ranks[:5])
-    worst = errors.nan_to_num(0).max().item()
-    heats = blend(errors.nan_to_num(0) / max(worst, 1e-9))  # [B,N,3]
+    predicted, errors = predict(shown.model, images[:5], shown.ranks)
+    errors = errors.nan_to_num(0)  # of what is given
+    worst = errors.max().item()
+    heats = blend(errors / max(worst, 1e-9))  # [B,N,3]
+    side = column(8)
     rows = []
     for i, photo in enumerate(photos(images[:5])):
         grid = as_grid(shown.ranks[i])
         last = grid.max().item()
-        steps = torch.linspace(1, last, min(last, 4)).round().int().tolist()
 
         # What is given, some of the steps, all that they predict, and how far off it is.
         given = reveal(photo, grid == 0)
-        row = {labels[i][:14]: photo, "given": given}
-        for step in steps:
+        row = [(labels[i][:14], enlarge(photo, side))]
+        row.append(("given", enlarge(given, side)))
+        for step in torch.linspace(1, last, min(last, 4)).round().int().tolist():
             known = reveal(photo, grid < step)
-            row[f"rank {step} of {last}"] = reveal(predicted[i], grid == step, known)
-        row["all predicted"] = reveal(predicted[i], grid > 0, given)
-        error = errors[i].nanmean()
-        row[f"error {error:.2f}"] = reveal(as_grid(heats[i]), grid > 0)
-        rows.append([(words, enlarge(cells, column(8))) for words, cells in row.items()])
-        for step, (_, image) in zip(steps, rows[i][2:]):
-            outline(image, grid == step, RED, 4)
+            image = enlarge(reveal(predicted[i], grid == step, known), side)
+            row.append((f"rank {step} of {last}", outline(image, grid == step, RED, 4)))
+        row.append(("all predicted", enlarge(reveal(predicted[i], grid > 0, given), side)))
+        heat = reveal(as_grid(heats[i]), grid > 0)
+        error = errors[i][shown.ranks[i] > 0].mean()
+        row.append((f"error {error:.2f}", enlarge(heat, side)))
+        rows.append(row)
     rows.append([swatch(f"mean squared error of a token: 0 ... {worst:.2f}")])
     note = """The outlined tokens are predicted from the true pixels shown. What is grey is not
         known yet or, where the error is shown, given. A normalized patch has its true mean and
@@ -463,16 +472,12 @@ def draw_predictions(shown):
 def draw_skips(shown):
     """How much each decoder layer reads from each encoder layer."""
     check(shown.model.config.skip, "the model has no skip connections: train without --no-skip")
-    # White is zero. A row and a column for names come before the weights.
-    W = shown.model.skip.detach()
-    scaled = W / W.abs().max().clamp(min=1e-9)
-    cells = F.pad(blend((scaled + 1) / 2, (BLUE, WHITE, ORANGE)), (0, 0, 1, 0, 1, 0), value=255)
-    labels = [["", *(f"H[{k + 1}]" for k in range(W.shape[1]))]]
-    for i, row in enumerate(W.tolist()):
-        labels.append([f"Z[{i + 1}]", *(f"{weight:.2f}" for weight in row)])
-    image = numbered(cells, min(column(1), 110 * len(labels[0])), labels)
+    series = []
+    for i, (weights, hue) in enumerate(zip(shown.model.skip.tolist(), itertools.cycle(HUES))):
+        series.append(("bars", dict(enumerate(weights, 1)), hue, f"Z[{i + 1}]"))
     note = """Decoder layer l reads Z[l], the sum of the encoder layers' outputs H[k] with these
         weights. Before training, that of the last layer was 1 and all others were 0."""
+    image = chart(760, series, "k", "weight of H[k] in Z[l]")
     return sheet("Trainable skip connections (Section 4.2)", note, [[("", image)]])
 
 
@@ -485,10 +490,10 @@ def attention_weights(model, run, *inputs):
     def note(attention, inputs, output):
         x, memory, mask = inputs
         q, k, _ = attention.split(x, memory)  # [1,h,N,d] each
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [1,h,N,N]
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        found.append(scores.softmax(-1)[0])
+        # Of values that are one-hot, attention makes its weights.
+        one_hot = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)  # [1,h,N,N]
+        weights = F.scaled_dot_product_attention(q, k, one_hot, attn_mask=mask)
+        found.append(weights[0])
 
     parts = [part for part in model.modules() if isinstance(part, randsac.Attention)]
     hooks = [part.register_forward_hook(note) for part in parts]
@@ -504,36 +509,36 @@ def draw_attention(shown):
     image = shown.images[0][:1]  # [1,3,H,W]
     ranks = shown.ranks[0]
     # By default the first of a middle rank: some segments are hidden from it.
-    middle = (ranks == ranks.max() // 2).nonzero()[0].item()
-    token = shown.flags.get("token", middle)
-    L = model.config.depth
-    heads = model.config.heads
+    middle = ranks.max().item() // 2
+    token = shown.flags.get("token", ranks.tolist().index(middle))
     check(0 <= token < len(ranks), f"there is no --token {token}: the last is {len(ranks) - 1}")
 
     # The model as it was trained, the encoder as it is probed, and what each of them may look at.
     trained = attention_weights(model, model.predict, image, ranks[None])
     probed = attention_weights(model, model.encode, image)
     source, target, memory = randsac.attention_masks(ranks)  # [N,N] each
-    kinds = {
-        "encoder in pre-training, masked": (trained[:L], source),
-        "encoder in probing, not masked": (probed, torch.ones_like(source)),
-        "decoder, self-attention: what else is asked for": (trained[L::2], target),
-        "decoder, cross-attention: what is known": (trained[L + 1 :: 2], memory),
-    }
+    L = model.config.depth
+    kinds = [
+        ("encoder in pre-training, masked", trained[:L], source),
+        ("encoder in probing, not masked", probed, torch.ones_like(source)),
+        ("decoder, self-attention: what else is asked for", trained[L::2], target),
+        ("decoder, cross-attention: what is known", trained[L + 1 :: 2], memory),
+    ]
 
     # A row of maps for each layer, one for each head. Above them: which token it is.
     here = as_grid(torch.arange(len(ranks)) == token)
+    [photo] = photos(image)
+    top = [("", outline(enlarge(photo, 240), here, RED, 4))]
+    top.append(("", outline(token_map(ranks, 240), here, RED, 4)))
     panels = []
-    for words, (layers, mask) in kinds.items():
+    heads = model.config.heads
+    for words, layers, mask in kinds:
         maps = []
         for weights in torch.cat(layers)[:, token]:  # [N]
             cells = blend(as_grid(weights / weights.max()))
             seen = reveal(cells, as_grid(mask[token]))
             maps.append(outline(enlarge(seen, column(2 * heads)), here, RED, 3))
         panels.append((words, tile(maps, heads)))
-    [photo] = photos(image)
-    top = [("", outline(enlarge(photo, 240), here, RED, 4))]
-    top.append(("", outline(token_map(ranks, 240), here, RED, 4)))
     note = f"""How much the outlined token (of rank {ranks[token]}) attends to every other, in a row
         for each layer, the first on top, and a column for each head. Grey: the mask hides it."""
     rows = [top, panels[:2], panels[2:], [swatch("weight: 0 ... largest of the map")]]
@@ -547,10 +552,10 @@ def draw_loss_by_rank(shown):
     ranks = shown.ranks[: len(images)]
     parts = zip(images.split(32), ranks.split(32))
     errors = torch.cat([predict(shown.model, *part)[1] for part in parts])  # [B,N]
-    tokens = randsac.patchify(images, config.patch_size)
-    zero = shown.model.target(tokens).square().mean().item()
     last = ranks.max().item()
     losses = {step: errors[ranks == step].mean().item() for step in range(1, last + 1)}
+    tokens = randsac.patchify(images, config.patch_size)
+    zero = shown.model.target(tokens).square().mean().item()
     series = [("bars", losses, BLUE, "")]
     series.append(("line", {1: zero, last: zero}, RED, f"predicting zero: {zero:.3g}"))
     note = f"Mean over {len(images)} images. The more is known, the lower is the loss."
@@ -567,133 +572,118 @@ def draw_loss_by_rank(shown):
 
 
 @torch.no_grad()
-def unit_vectors(model, images):
-    """Images uint8 [B,3,H,W] -> their features [B,D] and their pixels [B,3SS], of length 1."""
-    x = randsac.normalize(images, model.config.image_size)
-    return F.normalize(model.encode(x).mean(1), dim=1), F.normalize(x.flatten(1), dim=1)
-
-
 def draw_neighbours(shown):
     """What the model's features find alike, and what raw pixels do."""
     model = shown.model
+    size = shown.config.image_size
     images, labels = shown.images
-    count = 1 if "image" in shown.flags else 4
-    asked = photos(images[:count]).movedim(-1, 1)
+    asked = images[: 1 if "image" in shown.flags else 4]
+    Q = len(asked)
     others, classes, names = randsac.load_images(shown.config, train=True)
-    among = torch.linspace(0, len(others) - 1, min(len(others), SEARCHED)).long()
+    check(len(others) > NEAREST, f"it takes more than {NEAREST} training images")
+    count = min(len(others), SEARCHED)
+    among = torch.linspace(0, len(others) - 1, count).long()
 
-    # Cosines with all others, in parts that fit in memory. What equals an image is left out.
-    features, pixels = unit_vectors(model, asked)
-    cosines = []
-    for part in tqdm(among.split(max(1, 4096 // model.config.tokens)), "neighbours", disable=None):
-        x, y = unit_vectors(model, others[part])
-        cosines.append(torch.stack([features @ x.T, pixels @ y.T]))
-    cosines = torch.cat(cosines, 2)  # [2,Q,n]
-    cosines = cosines.masked_fill(cosines[1] > 1 - 1e-5, -torch.inf)
-    enough = (cosines[0] > -torch.inf).sum(1).min() >= NEAREST
-    check(enough, f"it shows {NEAREST} other training images, and there are {len(others)} in all")
+    # Cosines with all others, in parts that fit in memory.
+    parts = []
+    batch = max(1, 4096 // model.config.tokens)
+    for part in tqdm(among.split(batch), "neighbours", disable=None):
+        x = torch.cat([asked, randsac.normalize(others[part], size)])
+        features = F.normalize(model.encode(x).mean(1), dim=1)  # [Q+n,D]
+        pixels = F.normalize(x.flatten(1), dim=1)  # [Q+n,3SS]
+        parts.append(torch.stack([v[:Q] @ v[Q:].T for v in (features, pixels)]))
+    cosines = torch.cat(parts, 2)  # [2,Q,n]
+    cosines = cosines.masked_fill(cosines[1] > 1 - 1e-5, -torch.inf)  # the same image comes last
+    nearest = among[cosines.topk(NEAREST).indices]  # [2,Q,NEAREST]
 
-    # Where there are labels, a frame tells the same class.
-    labelled = len(names) > 1 and labels[0] in names
+    # A frame tells the same class.
     width = column(NEAREST + 2)
     rows = []
-    for i, image in enumerate(asked):
+    for i, photo in enumerate(photos(asked)):
         tiles = []
-        for k in among[cosines[:, i].topk(NEAREST).indices.flatten()].tolist():
+        for k in nearest[:, i].flatten().tolist():
             tiles.append(enlarge(others[k].movedim(0, -1), width))
-            if labelled and names[classes[k]] == labels[i]:
+            if len(names) > 1 and names[classes[k]] == labels[i]:
                 outline(tiles[-1], torch.ones(1, 1), GREEN, 8)
-        large = enlarge(image.movedim(0, -1), 2 * width + GAP)
-        words = "nearest by features, and below by raw pixels"
-        rows.append([(labels[i][:28], large), (words, tile(tiles, NEAREST))])
+        left = (labels[i][:28], enlarge(photo, 2 * width + GAP))
+        right = ("nearest by features, and below by raw pixels", tile(tiles, NEAREST))
+        rows.append([left, right])
     note = f"""The {NEAREST} nearest of {len(among)} training images, by the cosine between the
-        model's features and, below, between raw pixels."""
-    if labelled:
-        note += " A green frame marks the same class. The model saw no labels."
+        model's features and, below, between raw pixels. A green frame marks the same class. The
+        model saw no labels."""
     return sheet("What the features find alike (Section 5.1)", note, rows)
 
 
 def read_rows(path):
     """Rows of a .jsonl file, if there is one, without a last row that is half written."""
-    try:
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as the log of a run: {error}") from error
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
 
 
 def probed(row):
-    """A row of probes.jsonl -> on which images it was measured, and what was probed how."""
-    what = {"encoder": "trained", "pixels": "raw pixels"}.get(row["features"], row["features"])
-    if row["random_init"]:
-        what = "untrained"
-    place = f"{row['dataset']} {row['data_dir'][-80:]}".strip()
-    return place, f"{row['protocol']}\n{what}"
+    """A row of probes.jsonl -> on which images it was measured, and of what."""
+    place = f"{row['dataset']} {row['data_dir']}".strip()
+    if row["features"] == "pixels":
+        return place, "raw pixels"
+    return place, "untrained" if row["random_init"] else "trained"
 
 
 def draw_curves(shown):
     """How training went, and what the features are worth."""
     hues = dict(zip(shown.runs, itertools.cycle(HUES)))
     losses = []
-    probes = collections.defaultdict(dict)  # {place: {(run, kind): top-1}}, where the last counts
+    probes = {}  # {place: {run: {what: top-1}}}, where the last counts
     for run, hue in hues.items():
         rows = read_rows(run / "metrics.jsonl")
         check(rows, f"{run} has no step logged yet: wait a little, or name another directory")
         # The first losses are so high that all later ones would look alike.
         late = [row for row in rows if row["step"] > 0.02 * rows[-1]["step"]]
         line = {row["step"]: row["loss"] for row in late}
-        losses.append(("line", line, hue, str(run)[-100:]))
         dots = {row["step"]: row["held_out_loss"] for row in late if "held_out_loss" in row}
+        losses.append(("line", line, hue, str(run)))
         losses.append(("dots", dots, hue, ""))
         for row in read_rows(run / "probes.jsonl"):
-            place, kind = probed(row)
+            place, what = probed(row)
             if row["protocol"] != "layers":  # of which there is a picture
-                probes[place][run, kind] = row["top1"]
+                top1 = probes.setdefault(place, {}).setdefault(run, {})
+                top1[f"{row['protocol']}\n{what}"] = row["top1"]
     charts = [chart(660, losses, "step", "loss, without the first 2 % of the steps")]
 
     # A chart of the probes on each data set.
     for place, found in sorted(probes.items()):
-        kinds = sorted({kind for _, kind in found})
+        names = sorted(set().union(*found.values()))
         bars = []
-        for run, hue in hues.items():
-            top1 = {x: found[run, kind] for x, kind in enumerate(kinds) if (run, kind) in found}
-            bars.append(("bars", top1, hue, ""))
-        names = dict(enumerate(kinds))
-        charts.append(chart(520, bars, "", f"probes of {place}, top-1 %", names))
+        for run, top1 in found.items():
+            points = {names.index(name): value for name, value in top1.items()}
+            bars.append(("bars", points, hues[run], ""))
+        words = f"probes of {place}, top-1 %"
+        charts.append(chart(520, bars, "", words, dict(enumerate(names))))
     note = "Lines: random crops of training images. Dots: whole held-out images."
     return sheet("Loss and probes (Sections 5 and 5.1)", note, [[("", image)] for image in charts])
 
 
 def draw_layers(shown):
     """What the features of each encoder layer are worth."""
-    rows = read_rows(shown.runs[0] / "probes.jsonl")
-    rows = [row for row in rows if row["protocol"] == "layers"]
-    trained = [row for row in rows if not row["random_init"]]
-    check(trained, "its layers are not probed yet: use probe.py with --protocol layers")
-    last = trained[-1]
-    place, _ = probed(last)
-    floors = [row for row in rows if row["random_init"] and probed(row)[0] == place]
-    note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
-    bars = {"linear": last["layers"], "kNN": last["layers_knn"]}
-    for row in floors[-1:]:
-        bars |= {"linear, untrained": row["layers"], "kNN, untrained": row["layers_knn"]}
+    bars = {}  # where the last row counts
+    for row in read_rows(shown.runs[0] / "probes.jsonl"):
+        if row["protocol"] == "layers":
+            place, what = probed(row)
+            bars[f"linear, {what}: {place}"] = row["layers"]
+            bars[f"kNN, {what}: {place}"] = row["layers_knn"]
+    check(bars, "its layers are not probed yet: use probe.py with --protocol layers")
+    hues = (BLUE, ORANGE, "#A9CFE5", "#F5DDA8", *HUES)
     series = []
-    for hue, (name, top1) in zip((BLUE, ORANGE, "#A9CFE5", "#F5DDA8"), bars.items()):
-        series.append(("bars", dict(enumerate(top1, 1)), hue, name))
-    image = chart(760, series, "layer", f"top-1 % on {place}")
+    for hue, (words, top1) in zip(hues, bars.items()):
+        series.append(("bars", dict(enumerate(top1, 1)), hue, words))
+    note = "Accuracy of classifiers on the frozen features of a layer. The paper probes the last."
+    image = chart(760, series, "layer", "top-1 %")
     return sheet("Probes by depth (Section 5.1)", note, [[("", image)]])
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. The explorer: assets/explore.html, filled with orders and with what a model predicts
-
-
 def data_uri(photo):
-    """A photo uint8 [H,W,3] -> a PNG file, at most 160 pixels wide, as an address."""
-    image = Image.fromarray(photo.numpy())
-    image.thumbnail((160, 160))
+    """A photo uint8 [H,W,3] -> a PNG file as an address."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    Image.fromarray(photo.numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -701,49 +691,45 @@ def draw_explore(shown):
     """A page to touch: orders, masks and, of a trained model, predictions."""
     config = shown.config
     images, labels = shown.images
-    [photo] = photos(images[:1])
-    data = {"strategies": [], "image": data_uri(photo), "model": None}
+    images = images[:4]
+    data = {"strategies": [], "image": data_uri(photos(images)[0]), "model": None}
     sizes = ("dim", "depth", "decoder_depth", "patch_size")
     data["size"] = {size: getattr(config, size) for size in sizes}
-    for i, (title, settings) in enumerate(strategies(shown).items()):
-        strategy = Config(**settings)
-        orders = sample_ranks(strategy, 8, generator=seeded("cpu", config.seed, i))
-        flags = " ".join(f"{flag_name(name)} {value}" for name, value in settings.items())
-        entry = {"name": title, "flags": re.sub(r"[](),[]", "", flags)}
-        entry.update(grid=strategy.grid, levels=strategy.hierarchy, patch_size=strategy.patch_size)
+    for name, flags, strategy, orders in strategies(shown, 8):
+        entry = {"name": name, "flags": flags, "grid": strategy.grid}
+        entry |= {"levels": strategy.hierarchy, "patch_size": strategy.patch_size}
         entry["ranks"] = list(dict.fromkeys(map(tuple, orders.tolist())))  # raster has one order
         data["strategies"].append(entry)
 
     # What the model predicts, each segment from true pixels.
     if shown.model:
         data["model"] = {"name": shown.runs[0].resolve().name, "images": []}
-        predicted, errors = predict(shown.model, images[:4], shown.ranks[:4])
-        for i, photo in enumerate(photos(images[:4])):
-            numbers = [round(e, 3) if math.isfinite(e) else None for e in errors[i].tolist()]
+        predicted, errors = predict(shown.model, images, shown.ranks)
+        for i, photo in enumerate(photos(images)):
             entry = {"label": labels[i], "grid": config.grid, "ranks": shown.ranks[i].tolist()}
-            entry.update(image=data_uri(photo), predicted=data_uri(predicted[i]), errors=numbers)
+            entry |= {"image": data_uri(photo), "predicted": data_uri(predicted[i])}
+            found = errors[i].tolist()
+            entry["errors"] = [None if math.isnan(error) else round(error, 3) for error in found]
             data["model"]["images"].append(entry)
 
-    page = Path(__file__).with_name("assets").joinpath("explore.html").read_text(encoding="utf-8")
+    file = Path(__file__).with_name("assets") / "explore.html"
+    template = file.read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # so no label ends the script
-    return page.replace(">{}</script>", f">{text}</script>")
+    return template.replace(">{}</script>", f">{text}</script>")
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. From the command line to pictures
+# 4. From the command line to pictures
 
 SHARED_FLAGS = (*ORDER_FLAGS, "dataset", "data_dir")  # with randsac.py
-MOST = 512  # images at most: the first few for pictures, all for loss-by-rank
-NEAREST = 6  # neighbours shown
-SEARCHED = 5_000  # training images that neighbours are looked for among, at most
-FIGURES = (draw_segments, draw_hierarchy, draw_order, draw_masks)  # 1 to 4 of the paper
+FIGURES = ("segments", "hierarchy", "order", "masks")  # 1 to 4 of the paper
 OF_MODELS = (draw_predictions, draw_neighbours, draw_loss_by_rank, draw_attention, draw_skips)
 OF_RUNS = (draw_curves, draw_layers)
 PICTURES = {}
-for function in (draw_explore, *FIGURES, *OF_MODELS, *OF_RUNS):
+OF_ANY = (draw_explore, draw_segments, draw_hierarchy, draw_order, draw_masks)
+for function in (*OF_ANY, *OF_MODELS, *OF_RUNS):
     PICTURES[function.__name__[5:].replace("_", "-")] = function
 ENDINGS = {"order": "gif", "explore": "html"}
-INDEX = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>RandSAC</title>\n'
 
 
 class Shown:
@@ -774,16 +760,12 @@ class Shown:
         if self.model is None:  # no model minds: the larger, the nicer
             size = config.grid * math.ceil(128 / config.grid)
 
-        # A shipped checkpoint has a few images beside it, for a machine without its data set.
+        # A shipped checkpoint has a few images beside it, shown unless others are asked for.
         paths = []
         if "image" in flags:
             paths = [flags["image"]] * 5
         elif self.model and flags.keys().isdisjoint(("dataset", "data_dir")):
-            beside = sorted(flags["checkpoint"].parent.glob("images/*.png"), reverse=True)
-            if beside and not any(Path(config.data_dir).glob("cifar-10-*")):
-                where = f"CIFAR-10 is not in {config.data_dir}/ (--dataset cifar10 downloads it)"
-                print(f"{where}: the images in {beside[0].parent}/ are shown")
-                paths = beside
+            paths = sorted(flags["checkpoint"].parent.glob("images/*.png"), reverse=True)
         if paths:
             found = [torch.tensor(randsac.decode_image(path, size)) for path in paths]
             return randsac.normalize(torch.stack(found), size), [path.stem for path in paths]
@@ -798,63 +780,59 @@ class Shown:
 
         # In random order, but first one of each class.
         names = [classes[label] for label in labels.tolist()]
-        order = torch.randperm(len(names), generator=seeded("cpu", config.seed, 1)).tolist()
+        generator = seeded("cpu", config.seed, 1)
+        order = torch.randperm(len(names), generator=generator).tolist()
         firsts = {names[i]: i for i in reversed(order)}
         order = list(dict.fromkeys([*firsts.values(), *order]))[:MOST]
         return randsac.normalize(images[order], size), [names[i] for i in order]
 
 
-def read_arguments(arguments):
-    """-> the words of the command line, and {flag: value} of the flags that were given."""
-    fields = {field.name for field in dataclasses.fields(Config)}
-    parser = randsac.make_parser(__doc__, fields.difference(SHARED_FLAGS))
-    add = parser.add_argument
-    path = randsac.user_path
-    pictures = f"{', '.join(PICTURES)}, all; with curves also directories of runs"
-    add("pictures", nargs="*", default=[], metavar="PICTURE", help=pictures)
-    add("--checkpoint", type=path, metavar="FILE", help="checkpoint.pt of a run")
-    add("--image", type=path, metavar="FILE", help="show this image, not held-out ones")
-    add("--token", type=int, metavar="I", help="whose attention to show, in raster order from 0")
-    add("--out", type=path, metavar="DIR", default="figures", help="where to (default: figures)")
-    read = vars(parser.parse_intermixed_args(arguments))
-    return read.pop("pictures"), {name: value for name, value in read.items() if value is not None}
-
-
 def save(picture, path):
     """Writes a page of HTML, the frames of a GIF, or an image."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with randsac.write_whole(path) as file:
-        if path.suffix == ".html":
-            file.write(picture.encode())
-        elif path.suffix == ".gif":
-            times = [500] * (len(picture) - 1) + [2500]  # ms: the end stays longer
-            more = {"save_all": True, "append_images": picture[1:], "loop": 0, "duration": times}
-            picture[0].save(file, "GIF", **more)
-        else:
-            picture.save(file, "PNG")
+    if path.suffix == ".html":
+        path.write_text(picture, encoding="utf-8")
+    elif path.suffix == ".gif":
+        first, *rest = picture
+        times = [500] * len(rest) + [2500]  # ms: the end stays longer
+        first.save(path, save_all=True, append_images=rest, loop=0, duration=times)
+    else:
+        picture.save(path)
     print(f"wrote {path}")
 
 
 def main(arguments):
-    words, flags = read_arguments(arguments)
-    everything = "all" in words or (not words and "checkpoint" in flags)
-    names = [word for word in words if word in PICTURES]
-    if everything:
-        names = list(PICTURES)
-    elif not words:
-        names = [name for name, function in PICTURES.items() if function in FIGURES]
-    runs = [randsac.user_path(word) for word in words if word not in [*PICTURES, "all"]]
-    for run in runs:
-        known = "curves" in names
-        check(known, f"there is no picture {run}: choose from {', '.join(PICTURES)}, all")
+    parser = randsac.make_parser(__doc__, vars(Config()).keys() - SHARED_FLAGS)
+    add = parser.add_argument
+    path = randsac.user_path
+    every = f"{', '.join(PICTURES)}, all"
+    add(
+        "words",
+        nargs="*",
+        default=FIGURES,
+        metavar="PICTURE",
+        help=f"{every}; with curves also runs",
+    )
+    add("--checkpoint", type=path, metavar="FILE", help="checkpoint.pt of a run")
+    add("--image", type=path, metavar="FILE", help="show this image, not held-out ones")
+    add("--token", type=int, metavar="I", help="whose attention to show, in raster order from 0")
+    add("--out", type=path, metavar="DIR", default="figures", help="where to (default: figures)")
+    flags = vars(parser.parse_intermixed_args(arguments))
+
+    # Words name pictures and, for curves, directories of runs.
+    words = flags.pop("words")
+    everything = "all" in words
+    names = list(PICTURES) if everything else [word for word in words if word in PICTURES]
+    runs = [Path(word) for word in words if word not in (*PICTURES, "all")]
+    if runs and "curves" not in names:
+        raise UserError(f"there is no picture {runs[0]}: choose from {every}")
     shown = Shown(flags, runs)
 
     # With "all", what cannot be drawn is left out.
     out = flags["out"]
-    index = INDEX
+    index = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>RandSAC</title>\n'
     for name in names:
         draw = PICTURES[name]
-        path = out / f"{name}.{ENDINGS.get(name, 'png')}"
+        file = f"{name}.{ENDINGS.get(name, 'png')}"
         try:
             check(shown.model or draw not in OF_MODELS, "it needs a --checkpoint")
             check(shown.runs or draw not in OF_RUNS, "it needs a run, or its --checkpoint")
@@ -863,10 +841,11 @@ def main(arguments):
             check(everything, f"cannot draw {name}: {error}")
             print(f"skipped {name}: {error}")
             continue
-        save(picture, path)
-        index += f'<p><a href="{path.name}">{draw.__doc__}</a></p>\n'
+        out.mkdir(parents=True, exist_ok=True)
+        save(picture, out / file)
+        index += f'<p><a href="{file}">{draw.__doc__}</a></p>\n'
         if name != "explore":
-            index += f'<img src="{path.name}" width="800" alt="{name}">\n'
+            index += f'<img src="{file}" width="800" alt="{name}">\n'
 
     if everything:
         save(index, out / "index.html")

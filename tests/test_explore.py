@@ -8,12 +8,13 @@ import math
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, micro
+from conftest import ROOT, micro, random_model
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,8 @@ TEMPLATE = (ROOT / "assets" / "explore.html").read_text(encoding="utf-8")
 SHIPPED = (ROOT / "assets" / "explore-nano.html").read_text(encoding="utf-8")
 CHECKPOINT = ROOT / "assets" / "nano-cifar10" / "checkpoint.pt"
 MASKS = ("source", "target", "memory")
-RANKS = [randsac.sample_ranks(micro(**s), 1)[0] for s in visualize.STRATEGIES.values()]
+ASKED = SimpleNamespace(config=micro(), flags={})
+RANKS = [ranks for _, _, _, [ranks] in visualize.strategies(ASKED, 1)]
 RANKS += [torch.zeros(4, dtype=torch.int64), torch.tensor([1, 0, 2, 1])]
 
 
@@ -103,7 +105,8 @@ def test_sentences_name_the_tokens_that_the_masks_allow():
 
 
 def data_of(page):
-    return json.loads(re.search(r'type="application/json">(.*?)</script>', page).group(1))
+    [text] = re.findall(r'type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def picture_of(address):
@@ -112,13 +115,59 @@ def picture_of(address):
     return np.asarray(Image.open(file).convert("RGBA")).astype(int)
 
 
+def test_the_explorer_shows_orders_that_sample_ranks_draws_and_what_the_model_predicts(tmp_path):
+    flags = {"segments": "blob", "hierarchy": (16, 4), "last_rank": 4, "image_size": 48, "seed": 3}
+    model = random_model(micro(**flags)).float()
+    images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
+    ranks = randsac.sample_ranks(model.config, 5)
+    labels = ["a", "</script><b>&amp; \N{SNOWMAN} <!--", "c", "d", "e"]
+    what = SimpleNamespace(model=model, config=model.config, ranks=ranks, flags=flags)
+    what.images = (images / 127.5 - 1, labels)
+    what.runs = [tmp_path / "micro"]
+    page = visualize.draw_explore(what)
+    before, after = TEMPLATE.split(">{}</script>")
+    assert page.startswith(before) and page.endswith(after)
+    data = data_of(page)
+    assert data["size"] == {"dim": 16, "depth": 2, "decoder_depth": 2, "patch_size": 4}
+
+    names = [entry["name"] for entry in data["strategies"]]
+    assert names == [*visualize.STRATEGIES, "yours: blob 16 4"]
+    for i, entry in enumerate(data["strategies"]):
+        typed = randsac.make_parser("").parse_args(entry["flags"].split())
+        strategy = randsac.Config(**vars(typed))
+        orders = randsac.sample_ranks(strategy, 8, generator=randsac.seeded("cpu", 3, i)).tolist()
+        assert entry["ranks"] == [r for k, r in enumerate(orders) if r not in orders[:k]]
+        assert entry["patch_size"] == strategy.patch_size
+        assert entry["grid"] == strategy.grid and entry["levels"] == list(strategy.hierarchy)
+    assert all(getattr(strategy, flag) == value for flag, value in flags.items())  # yours
+
+    assert data["model"]["name"] == "micro" and len(data["model"]["images"]) == 4
+    x = images / 127.5 - 1
+    truth = randsac.normalize_patches(randsac.patchify(x, 4))
+    with torch.no_grad():
+        errors = (model.predict(x, ranks) - truth).square().mean(-1)
+    for i, entry in enumerate(data["model"]["images"]):
+        assert entry["label"] == labels[i] and entry["grid"] == 12
+        assert entry["ranks"] == ranks[i].tolist()
+        found = [math.nan if error is None else error for error in entry["errors"]]
+        assert found == pytest.approx(errors[i].tolist(), abs=6e-4, nan_ok=True)
+        photo = picture_of(entry["image"])[..., :3]
+        predicted = picture_of(entry["predicted"])[..., :3]
+        given = np.kron(ranks[i].view(12, 12) == 0, np.ones((4, 4))) > 0
+        assert (photo == images[i].movedim(0, -1).numpy()).all()
+        assert (predicted[given] == photo[given]).all()
+        assert (predicted[~given] != photo[~given]).any()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds explore.html as the README's command writes it where there is no data set."""
+    """Holds explore.html as the README's command writes it where there is no data set, and pictures
+    for which the four images beside the checkpoint are enough."""
     folder = tmp_path_factory.mktemp("explore")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        visualize.main(["explore", "--checkpoint", str(CHECKPOINT), "--out", str(folder)])
+        names = ["explore", "predictions", "attention", "loss-by-rank"]
+        visualize.main([*names, "--checkpoint", str(CHECKPOINT), "--out", str(folder)])
     return folder
 
 
@@ -144,21 +193,18 @@ def test_the_shipped_page_is_what_the_command_writes(folder):
     assert written == shipped
 
 
-def test_images_beside_a_checkpoint_stand_in_for_its_data_set(tmp_path, monkeypatch, capsys):
+def test_images_beside_a_checkpoint_are_shown_unless_others_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = {"checkpoint": CHECKPOINT}
     images, labels = visualize.Shown(flags).images
     for image, label in zip(images, labels, strict=True):
         photo = np.asarray(Image.open(CHECKPOINT.parent / "images" / f"{label}.png"))
         assert (visualize.photos(image[None]).numpy() == photo).all()
-    assert "CIFAR-10 is not in data" in capsys.readouterr().out
 
-    # A data set that is asked for, or that is there, comes first. (This one is not whole.)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar")
-    for given in ({"dataset": "cifar10"}, {"data_dir": "data"}, {}):
+    for given in ({"dataset": "cifar10"}, {"data_dir": "data"}):
         with pytest.raises(randsac.UserError, match="cannot be had"):
             _ = visualize.Shown(flags | given).images
-        (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True, exist_ok=True)
 
 
 # --- the page, in a browser

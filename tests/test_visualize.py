@@ -1,7 +1,5 @@
 """visualize.py: pixels are read back from the pictures; the command draws every one of them."""
 
-import base64
-import io
 import json
 import re
 import runpy
@@ -20,14 +18,15 @@ import randsac
 import visualize as vz
 from randsac import RandSAC, UserError, attention_masks, sample_ranks
 
-STRATEGIES = [("patch", ()), ("square", (16, 4)), ("blob", (11, 5)), ("scatter", (9,)), ("mae", ())]
-NANO = ROOT / "assets" / "nano-cifar10" / "checkpoint.pt"
-PROBES = [
-    {"protocol": "linear", "features": "encoder", "random_init": False, "top1": 41.25},
-    {"protocol": "linear", "features": "encoder", "random_init": True, "top1": 30.5},
-    {"protocol": "layers", "features": "encoder", "random_init": False, "top1": 35.0},
-]
-PROBES[2].update(layers=[30.5, 35.0], layers_knn=[20.0, 25.0])
+of_every_strategy = pytest.mark.parametrize("segments", randsac.HIERARCHIES)
+PROBE = {"dataset": "folder", "data_dir": "images", "features": "encoder", "random_init": False}
+LINEAR = {**PROBE, "protocol": "linear", "top1": 41.25}
+UNTRAINED = {**LINEAR, "random_init": True, "top1": 30.5}
+LAYERS = {**PROBE, "protocol": "layers", "layers": [30.5, 35.0], "layers_knn": [20.0, 25.0]}
+
+
+def write_probes(folder, *rows):
+    (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +35,21 @@ def run(tmp_path_factory, image_folder):
     out = tmp_path_factory.mktemp("runs") / "micro"
     flags = [*MICRO_FLAGS, "--segments", "blob", "--hierarchy", 5, 2, "--data-dir", image_folder]
     assert run_here(*flags, "--max-steps", 5, "--out", out) == 0
-    rows = [json.dumps({**row, "dataset": "folder", "data_dir": "images"}) for row in PROBES]
-    (out / "probes.jsonl").write_text("\n".join(rows) + "\n")
+    write_probes(out, LINEAR, UNTRAINED, LAYERS)
     return out
+
+
+@pytest.fixture(scope="session")
+def bare(run, tmp_path_factory):
+    """A copy of the run whose images are gone, without skips and probes. In it, an empty run."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("bare") / "run")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["config"].update(data_dir="nowhere", skip=False)
+    del saved["model"]["skip"]
+    torch.save(saved, folder / "checkpoint.pt")
+    write_probes(folder)
+    (folder / "empty").mkdir()
+    return folder
 
 
 def draw(*arguments):
@@ -62,19 +73,22 @@ def as_image(pixels, size):
     return Image.fromarray(pixels.movedim(0, -1).numpy()).resize((size, size), Image.NEAREST)
 
 
-def ranks_of(segments, hierarchy, **settings):
-    settings = {"image_size": 32, **settings}
-    return sample_ranks(micro(segments=segments, hierarchy=hierarchy, **settings), 1)[0]
+def ranks_of(segments, image_size=32):
+    return sample_ranks(micro(segments=segments, image_size=image_size), 1)[0]
 
 
 def rgb(code):
     return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)])
 
 
+def array(image):
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
 def cells(image, rows, columns):
     """The colours [rows,columns,3] a quarter into each cell, off the lines between cells and the
     numbers in them."""
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = array(image)
     y = ((np.arange(rows) + 0.25) * pixels.shape[0] / rows).astype(int)
     x = ((np.arange(columns) + 0.25) * pixels.shape[1] / columns).astype(int)
     return pixels[y][:, x]
@@ -84,78 +98,94 @@ def colours(pixels):
     return len({tuple(colour) for colour in pixels.reshape(-1, 3).tolist()})
 
 
-def find(page, image):
-    """-> where (y, x) the image stands on the page, or None."""
-    page = np.asarray(page.convert("RGB"))
-    image = np.asarray(image.convert("RGB"))
-    h, w = image.shape[:2]
-    corners = page[: len(page) - h + 1, : page.shape[1] - w + 1]
-    near = np.argwhere((corners == image[0, 0]).all(-1))
-    for y, x in np.random.default_rng(0).integers(0, (h, w), (25, 2)):
-        near = near[(page[near[:, 0] + y, near[:, 1] + x] == image[y, x]).all(-1)]
-    found = ((y, x) for y, x in near if (page[y : y + h, x : x + w] == image).all())
-    return next(found, None)
+def images_of(sheet):
+    """The arguments of a call of vz.sheet -> the images on that page."""
+    return [image for row in sheet[2] for _, image in row]
+
+
+def tiles_of(image, side):
+    """-> the square images that vz.tile has put together."""
+    step = side + vz.GAP
+    corners = [(x, y) for y in range(0, image.height, step) for x in range(0, image.width, step)]
+    return [image.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def halves(frame):
     """-> the two pictures of a frame, int64 [side,side,3]."""
-    pixels = np.asarray(frame.convert("RGB")).astype(int)
+    pixels = array(frame)
     side = vz.column(2) // 2
     return pixels[-side - 14 : -14, 20 : 20 + side], pixels[-side - 14 : -14, -side - 20 : -20]
 
 
 def margins_are_white(page):
-    pixels = np.asarray(page.convert("RGB"))
+    pixels = array(page)
     edge = pixels.shape[1] // 160  # of a unit: 10 of 1600 pixels
     parts = pixels[:edge], pixels[-edge // 2 :], pixels[:, :edge], pixels[:, -edge:]
     return all((part >= 250).all() for part in parts)  # a GIF's white may not be quite white
 
 
-def charts_of(monkeypatch):
-    """-> a list that the series, labels and names of the charts drawn from now on are put in."""
+def calls_of(name, monkeypatch):
+    """-> a list that the arguments of each call of vz.NAME are put in from now on."""
     calls = []
-    chart = vz.chart
-    monkeypatch.setattr(vz, "chart", lambda *c, **d: calls.append([*c[1:], d]) or chart(*c, **d))
+    function = getattr(vz, name)
+    monkeypatch.setattr(vz, name, lambda *c, **d: calls.append([*c, d]) or function(*c, **d))
     return calls
 
 
-# --- maps, masks, frames
+# --- pages, maps, masks, frames
 
 
-@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
-def test_a_map_has_a_colour_for_each_rank_and_white_lines_around_segments(segments, hierarchy):
-    ranks = ranks_of(segments, hierarchy)
+def test_a_page_holds_images_in_rows_below_their_words():
+    pixels = torch.randint(0, 256, (3, 90, 70, 3), dtype=torch.uint8).numpy()
+    images = [Image.fromarray(part[:height]) for part, height in zip(pixels, (50, 90, 60))]
+    one, two, three = images
+    page = vz.sheet("title", "note " * 60, [[("a", one), ("b\nc", two)], [("", three)]])
+    below = page.height - 28 - 60
+    above = below - 28 - 90
+    for image, x, y in zip(images, (40, 40 + 70 + 20, 40), (above, above, below)):
+        assert page.crop((x, y, x + 70, y + image.height)) == image
+    text = array(page)[above - 72 : above]  # of one line and of two
+    assert (text[36:, :130] == 255).all() and (text[:36, :130] < 100).any()
+    assert (text[36:, 130:] < 100).any()
+
+
+@of_every_strategy
+def test_a_map_has_a_colour_for_each_rank_and_white_lines_around_segments(segments):
+    ranks = ranks_of(segments)
     image = vz.token_map(ranks, 8 * 40)
     seen = cells(image, 8, 8)
     grid = ranks.view(8, 8).numpy()
     assert colours(seen) == ranks.max() + 1
-    for rank in range(ranks.max() + 1):
-        assert colours(seen[grid == rank]) == 1
+    assert all(colours(seen[grid == rank]) == 1 for rank in range(ranks.max() + 1))
 
-    white = (np.asarray(image) == 255).all(-1)
+    white = (array(image) == 255).all(-1)
     middle = 40 * np.arange(8) + 4  # of a cell's edge, off its number
     assert (white[middle][:, 40 * np.arange(1, 8)] == (grid[:, 1:] != grid[:, :-1])).all()
     assert (white[40 * np.arange(1, 8)][:, middle] == (grid[1:] != grid[:-1])).all()
     assert white[0].all() and white[:, 0].all() and white[-1].all() and white[:, -1].all()
 
 
-def test_the_segments_picture_holds_an_order_of_every_strategy_and_of_yours():
+def test_the_segments_picture_holds_an_order_of_every_strategy_and_of_yours(monkeypatch):
     yours = {"segments": "blob", "hierarchy": (7,), "image_size": 48, "seed": 2}
     photo = random_images(1, 48)
     what = shown(images=photo, config=randsac.Config(**yours), flags=yours)
-    page = vz.draw_segments(what)
-    assert find(page, as_image(photo[0], 288))
-    for i, settings in enumerate([*vz.STRATEGIES.values(), yours]):
+    sheets = calls_of("sheet", monkeypatch)
+    vz.draw_segments(what)
+    first, *maps = images_of(sheets[0])[:-1]
+    assert first == as_image(photo[0], 288)
+    typed = [randsac.make_parser("").parse_args(flags.split()) for flags in vz.STRATEGIES.values()]
+    for i, settings in enumerate([*map(vars, typed), yours]):
         strategy = randsac.Config(**settings)
         ranks = sample_ranks(strategy, 1, generator=randsac.seeded("cpu", 2, i))[0]
-        assert find(page, vz.token_map(ranks, 288)), settings
+        assert maps[i] == vz.token_map(ranks, 288), settings
     what.flags = {"dataset": "shapes"}  # not of an order
-    assert not find(vz.draw_segments(what), vz.token_map(ranks, 288))
+    vz.draw_segments(what)
+    assert images_of(sheets[1])[1:-1] == maps[:-1]
 
 
-@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
-def test_mask_panels_are_the_masks_with_what_is_left_out(segments, hierarchy):
-    ranks = ranks_of(segments, hierarchy, image_size=16)
+@of_every_strategy
+def test_mask_panels_are_the_masks_with_what_is_left_out(segments):
+    ranks = ranks_of(segments, 16)
     last_rank = ranks.max().item()
     first = (ranks == 0).numpy()
     last = (ranks == last_rank).numpy()
@@ -174,38 +204,44 @@ def test_mask_panels_are_the_masks_with_what_is_left_out(segments, hierarchy):
             assert all(colours(band[ranks == k]) == 1 for k in range(last_rank + 1))
 
 
-def test_the_masks_picture_holds_figure_4_and_blocks_when_serialized():
-    ranks = ranks_of("square", (16, 4))
-    page = vz.draw_masks(shown(ranks=ranks[None]))
+def test_the_masks_picture_holds_figure_4_and_blocks_when_serialized(monkeypatch):
+    words = calls_of("write", monkeypatch)
+    sheets = calls_of("sheet", monkeypatch)
+    few = torch.tensor([2, 0, 1, 2, 0, 1])
+    ranks = ranks_of("square")
+    vz.draw_masks(shown(ranks=ranks[None]))
+    unit = vz.column(7) / 3
+    middles = [(unit * (c + 0.5), unit * (r + 0.5)) for r in range(2) for c in range(3)]
+    assert [call[1] for call in words[:6]] == middles
     hues = (vz.GREEN, vz.BLUE, vz.RED)
-    panels = vz.mask_panels(torch.tensor([0, 0, 1, 1, 2, 2]), vz.column(7), "", hues)
-    panels += vz.mask_panels(ranks, vz.column(4), "")
+    panels = vz.mask_panels(few.sort().values, vz.column(7), "", hues)
+    panels += vz.mask_panels(few, vz.column(7), "", hues)
     serialized = vz.mask_panels(ranks.sort().values, vz.column(4), "")
-    for _, image in panels + serialized:
-        assert find(page, image)
+    panels += serialized + vz.mask_panels(ranks, vz.column(4), "")
+    top, middle, bottom, _ = sheets[0][2]
+    found = [*top[1:], *middle[1:], *bottom[1:]]
+    assert [image for _, image in found] == [image for _, image in panels]
     blue = (cells(serialized[0][1], 68, 68)[4:, 4:] == rgb(vz.BLUE)).all(-1)
     steps = np.diff(blue[:60, :60].astype(int), axis=1)
     assert (steps <= 0).all()  # a row is blue, and from some column on it is not
 
 
-@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
-def test_frames_reveal_segment_by_segment_and_end_with_the_whole_photo(
-    segments, hierarchy, tmp_path
-):
+@pytest.mark.parametrize("segments", ["square", "blob", "mae"])
+def test_frames_reveal_segment_by_segment_and_end_with_the_whole_photo(segments, tmp_path):
     photo = random_images(1, 32) // 2  # never the grey of what is hidden
-    ranks = ranks_of(segments, hierarchy, image_size=16)
+    ranks = ranks_of(segments, 16).clamp(max=6)
     frames = vz.draw_order(shown(images=photo, ranks=ranks[None]))
     assert len(frames) == ranks.max() + 1
     vz.save(frames, tmp_path / "order.gif")
     gif = Image.open(tmp_path / "order.gif")
     gif.seek(gif.n_frames - 1)
-    assert margins_are_white(gif)
-    whole = np.asarray(as_image(photo[0], vz.column(2)).reduce(2))
+    assert margins_are_white(gif) and gif.info["duration"] == 2500
+    whole = array(as_image(photo[0], vz.column(2)).reduce(2))
     assert np.abs(halves(gif)[0] - whole).mean() < 9  # of 256 levels: a palette has 256 colours
     assert np.abs(halves(frames[-2])[0] - whole).mean() > 9
     half = len(frames) // 2
     left = Image.fromarray(halves(frames[half])[0].astype(np.uint8))
-    grey = np.abs(cells(left, 4, 4).astype(int) - 200).max(-1) < 8
+    grey = np.abs(cells(left, 4, 4) - 200).max(-1) < 8
     assert (grey == (ranks.view(4, 4) >= half + 1).numpy()).all()
 
 
@@ -214,42 +250,18 @@ def test_all_ranks_keep_their_colours_in_the_last_of_a_few_frames():
     frames = vz.draw_order(shown(images=photo, ranks=torch.arange(16)[None]), most=3)
     assert len(frames) == 3
     right = Image.fromarray(halves(frames[-1])[1].astype(np.uint8))
-    seen = cells(right, 4, 4).astype(int).reshape(-1, 3)
+    seen = cells(right, 4, 4).reshape(-1, 3)
     assert np.abs(seen - vz.blend(torch.arange(16) / 15).numpy()).max() <= 6
     assert colours(seen) == 16
 
 
-def test_frames_that_pillow_merges_keep_their_time(tmp_path):
-    frames = [Image.new("P", (4, 4), colour) for colour in (0, 1, 1, 1, 2)]
-    frames = [frame.convert("RGB").quantize() for frame in frames]
-    vz.save(frames, tmp_path / "order.gif")
-    with Image.open(tmp_path / "order.gif") as gif:
-        times = []
-        for i in range(gif.n_frames):
-            gif.seek(i)
-            times.append(gif.info["duration"])
-    assert sum(times) == 4 * 500 + 2500 and times[-1] >= 2500
-
-
-def test_hierarchical_orders_finish_a_partition_and_flat_ones_do_not():
-    generator = torch.Generator().manual_seed(0)
-    levels = randsac.sample_levels(micro(image_size=32), 1, generator=generator)
-    nested = randsac.serialize(levels, "random", generator)[0]
-    flat = randsac.serialize(levels[:1], "random", generator)[0]
-    image, words = vz.traversal(levels[1][0], nested, 740)
-    assert words == "leaves a partition in 3 of 15 steps"
-    hues = np.asarray(image)[4::185, 65::185][:4, :4]  # of the squares, off arrows and discs
-    assert colours(hues) == 4 and colours(hues[:2, :2]) == 1
-    _, words = vz.traversal(levels[1][0], flat, 740)
-    assert int(re.search(r"in (\d+) of 15", words)[1]) > 3
-
-
 def test_arrows_are_red_where_a_partition_is_left_and_black_elsewhere():
-    ranks = torch.tensor([0, 1, 3, 2])
-    image, _ = vz.traversal(torch.tensor([0, 0, 1, 1]), ranks, 400)
-    pixels = np.asarray(image)
-    red = (pixels == rgb(vz.RED)).all(-1)
-    black = (pixels == rgb(vz.INK)).all(-1)
+    image, words = vz.traversal(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 3, 2]), 400)
+    assert words == "leaves a partition in 1 of 3 steps"
+    hues = array(image)[30::200, 30::200]  # of the squares, off arrows and discs
+    assert colours(hues) == 2 and colours(hues[:1]) == colours(hues[1:]) == 1
+    red = (array(image) == rgb(vz.RED)).all(-1)
+    black = (array(image) == rgb(vz.INK)).all(-1)
     assert black[90:110, 150:250].sum() > 200 and not red[90:110, 150:250].any()  # 0 to 1
     assert red[150:250, 290:310].sum() > 200 and not black[150:250, 290:310].any()  # 1 to 2
     vz.traversal(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 1, 0]), 740)  # one centre
@@ -270,30 +282,29 @@ def test_a_perfect_prediction_is_shown_as_the_image_and_has_no_error(target):
     assert (errors.isnan() == (ranks == 0)).all() and errors.nan_to_num(0).max() < 1e-9
 
 
-@pytest.mark.parametrize("segments, hierarchy", STRATEGIES)
-def test_a_step_shows_predictions_among_true_pixels_of_lower_ranks_only(segments, hierarchy):
-    config = micro(segments=segments, hierarchy=hierarchy, image_size=32, target="pixels")
+@of_every_strategy
+def test_steps_show_predictions_among_true_pixels_of_lower_ranks_only(segments, monkeypatch):
+    config = micro(segments=segments, image_size=32, target="pixels")
     model = RandSAC(config)
     model.predict = lambda images, ranks: torch.full((1, 64, 48), -1.0)  # black everywhere
     images = random_images(1, 32)
     ranks = sample_ranks(config, 1)
-    page = vz.draw_predictions(shown(model, images, ["name"], ranks))
+    sheets = calls_of("sheet", monkeypatch)
+    vz.draw_predictions(shown(model, images, ["name"], ranks))
+    photo, given, *steps, predicted, _ = (image for _, image in sheets[0][2][0])
 
     r = torch.kron(ranks[0].view(8, 8), torch.ones(4, 4, dtype=torch.int64))  # of each pixel
-    photo = images[0]
-    grey = torch.full_like(photo, 200)
-    black = torch.zeros_like(photo)
-    given = torch.where(r == 0, photo, grey)
-    predicted = torch.where(r == 0, photo, black)
+    pixels = images[0]
+    grey = torch.full_like(pixels, 200)
+    black = torch.zeros_like(pixels)
     side = vz.column(8)
-    for pixels in (photo, given, predicted):
-        assert find(page, as_image(pixels, side))
-
-    # A step in the middle, within its frame of 4 pixels.
+    assert photo == as_image(pixels, side)
+    assert given == as_image(torch.where(r == 0, pixels, grey), side)
+    assert predicted == as_image(torch.where(r == 0, pixels, black), side)
     last = ranks.max().item()
-    k = int(np.round(np.linspace(1, last, min(last, 4)))[min(last, 4) // 3])
-    step = torch.where(r < k, photo, torch.where(r == k, black, grey))
-    assert find(page, vz.outline(as_image(step, side), ranks[0].view(8, 8) == k, vz.RED, 4))
+    for k, step in zip(np.linspace(1, last, min(last, 4)).round(), steps, strict=True):
+        known = torch.where(r < k, pixels, torch.where(r == k, black, grey))
+        assert step == vz.outline(as_image(known, side), ranks[0].view(8, 8) == k, vz.RED, 4)
 
 
 def test_errors_are_those_of_the_loss_and_partitions_are_marked(monkeypatch):
@@ -301,12 +312,12 @@ def test_errors_are_those_of_the_loss_and_partitions_are_marked(monkeypatch):
     model = random_model(config).float()
     images = random_images(70, 32)
     ranks = sample_ranks(config, 70)
-    charts = charts_of(monkeypatch)
+    charts = calls_of("chart", monkeypatch)
     vz.draw_loss_by_rank(shown(model, images, ranks=ranks))  # without no_grad, as in a notebook
-    (_, bars, _, _), (_, line, _, _) = charts[0][0]
+    (_, bars, _, _), (_, line, _, _) = charts[0][1]
     with torch.no_grad():
-        assert list(bars) == list(range(1, 16))
         loss = model(images / 127.5 - 1, ranks).item()
+    assert list(bars) == list(range(1, 16))
     assert sum(bars.values()) / 15 == pytest.approx(loss, rel=1e-4)
     assert line[1] == pytest.approx(47 / 48, rel=1e-3)  # that variance has n - 1 under it
 
@@ -321,45 +332,34 @@ def test_errors_are_those_of_the_loss_and_partitions_are_marked(monkeypatch):
     assert charts[1][-1]["marks"] == []
 
 
-def recorded(model, call):
-    """-> inputs and output of each attention of the model while call() runs."""
-    calls = []
-    hooks = []
-    for part in model.modules():
-        if isinstance(part, randsac.Attention):
-            hooks.append(part.register_forward_hook(lambda *found: calls.append(found)))
-    call()
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
 def test_attention_weights_are_those_that_make_the_output():
     model = random_model(micro()).float()
     images = torch.rand(1, 3, 16, 16)
     ranks = sample_ranks(micro(), 1)
+    seen = []  # inputs and output of each attention
+    for part in model.modules():
+        if isinstance(part, randsac.Attention):
+            part.register_forward_hook(lambda *found: seen.append(found))
+    weights = vz.attention_weights(model, model.predict, images, ranks)
+    weights += vz.attention_weights(model, model.encode, images)
     source, target, memory = attention_masks(ranks[0])
-    asked = ranks[0] > 0
-    masks = [source, source, target, memory, target, memory]
-    everything = torch.ones_like(source)
-    runs = [((model.predict, images, ranks), masks), ((model.encode, images), [everything] * 2)]
-    for (run, *inputs), masks in runs:
-        seen = recorded(model, lambda: run(*inputs))  # noqa: B023 (called at once)
-        weights = vz.attention_weights(model, run, *inputs)
-        assert len(weights) == len(seen) == len(masks)
-        for w, mask, (attention, arguments, output) in zip(weights, masks, seen):
-            assert ((w > 0) == mask)[:, asked].all()
-            _, _, values = attention.split(*arguments[:2])
-            mixed = (w[None] @ values).transpose(1, 2).flatten(2)
-            assert torch.allclose(attention.out(mixed), output, atol=1e-5)
+    everything = source | True
+    masks = [source, source, target, memory, target, memory, everything, everything]
+    for w, mask, (attention, inputs, output) in zip(weights, masks, seen, strict=True):
+        assert ((w > 0) == mask)[:, ranks[0] > 0].all()
+        _, _, values = attention.split(*inputs[:2])
+        mixed = (w[None] @ values).transpose(1, 2).flatten(2)
+        assert torch.allclose(attention.out(mixed), output, atol=1e-5)
 
 
-def test_attention_maps_have_a_row_for_each_layer_and_a_column_for_each_head():
+def test_attention_maps_have_a_row_for_each_layer_and_a_column_for_each_head(monkeypatch):
     model = random_model(micro(depth=3)).float()
     images = random_images(1, 16)
     ranks = torch.arange(16)[None]
     what = shown(model, images, ranks=ranks, flags={"token": 9})
-    page = vz.draw_attention(what)
+    sheets = calls_of("sheet", monkeypatch)
+    vz.draw_attention(what)
+    _, encoder, decoder, _ = sheets[0][2]
     here = torch.arange(16).view(4, 4) == 9
     found = vz.attention_weights(model, model.predict, images / 127.5 - 1, ranks)
     free = vz.attention_weights(model, model.encode, images / 127.5 - 1)
@@ -367,211 +367,119 @@ def test_attention_maps_have_a_row_for_each_layer_and_a_column_for_each_head():
     kinds = [(found[:3], source), (free, source | True), (found[3::2], target)]
     kinds.append((found[4::2], memory))
     side = vz.column(4)
-    step = side + vz.GAP
-    for kind, (layers, mask) in enumerate(kinds):
-        for row, weights in enumerate(layers):
-            for head, w in enumerate(weights[:, 9]):
-                colour = vz.blend(w / w.max())
-                colour[~mask[9]] = vz.GREY_PIXEL
-                heat = as_image(colour.view(4, 4, 3).movedim(-1, 0), side)
-                y, x = find(page, vz.outline(heat, here, vz.RED, 3))
-                if row == head == 0:
-                    top = y
-                assert (y - top, x) == (row * step, vz.MARGIN + (kind % 2 * 2 + head) * step)
+    for (_, image), (layers, mask) in zip([*encoder, *decoder], kinds, strict=True):
+        maps = []
+        for w in torch.cat(layers)[:, 9]:
+            colour = vz.blend(w / w.max())
+            colour[~mask[9]] = vz.GREY_PIXEL
+            heat = as_image(colour.view(4, 4, 3).movedim(-1, 0), side)
+            maps.append(vz.outline(heat, here, vz.RED, 3))
+        assert tiles_of(image, side) == maps
     what.flags["token"] = 16
     with pytest.raises(UserError, match="--token 16"):
         vz.draw_attention(what)
 
 
-def test_skips_are_white_at_zero_coloured_by_sign_and_have_their_numbers(monkeypatch):
+def test_skips_have_a_bar_for_each_weight_with_its_number(monkeypatch):
     model = RandSAC(micro())
     with torch.no_grad():
-        model.skip.copy_(torch.tensor([[0.5, 0.0], [0.0, -0.5]]))
-    words = []
-    write = vz.write
-    monkeypatch.setattr(vz, "write", lambda *call: words.append(call[2]) or write(*call))
-    page = vz.draw_skips(shown(model))
-    table = page.crop((40, page.height - 28 - 330, 370, page.height - 28))
-    seen = cells(table, 3, 3)[1:, 1:].astype(int)
-    orange = seen[0, 0]
-    blue = seen[1, 1]
-    assert (seen[0, 1] == 255).all() and (seen[1, 0] == 255).all()
-    assert orange[0] > orange[2] + 50 and blue[2] > blue[0] + 50
-    assert [word for word in words if "0." in word[:3]] == ["0.50", "0.00", "0.00", "-0.50"]
+        model.skip.copy_(torch.tensor([[0.5, 0.25], [0.0, -0.5]]))
+    words = calls_of("write", monkeypatch)
+    charts = calls_of("chart", monkeypatch)
+    vz.draw_skips(shown(model))
+    weights = {label: points for _, points, _, label in charts[0][1]}
+    assert weights == {"Z[1]": {1: 0.5, 2: 0.25}, "Z[2]": {1: 0.0, 2: -0.5}}
+    assert {"0.500", "0.250", "0.00", "-0.500"} <= {call[2] for call in words}
 
 
-def tiles_of(page, count):
-    """-> the large image and the 2 * NEAREST small ones of each of the rows of the neighbours."""
-    side = vz.column(8)
-    step = side + vz.GAP
-    height = 36 + 2 * side + vz.GAP + 28
-    top = page.height - count * height + 36
-    for row in range(count):
-        boxes = [(40, top + row * height, 2 * side + vz.GAP)]
-        for k in range(12):
-            y = top + row * height + k // 6 * step
-            boxes.append((40 + 2 * step + k % 6 * step, y, side))
-        yield [page.crop((x, y, x + size, y + size)) for x, y, size in boxes]
-
-
-def test_neighbours_are_the_nearest_by_features_and_by_pixels_and_frames_tell_the_class(
-    monkeypatch,
-):
+def test_neighbours_are_nearest_by_features_and_by_pixels_and_frames_tell_the_class(monkeypatch):
     model = random_model(micro(), seed=3).float()
     others = random_images(601, 16)
-    classes = torch.arange(601) % 3
     names = ["ant", "bee", "cat"]
-    monkeypatch.setattr(randsac, "load_images", lambda config, train: (others, classes, names))
+    found = [others, torch.arange(601) % 3, names]
+    monkeypatch.setattr(randsac, "load_images", lambda config, train: found)
     monkeypatch.setattr(vz, "SEARCHED", 301)  # every second one
+    sheets = calls_of("sheet", monkeypatch)
 
-    asked = others[[8, 200]]  # training images themselves, which must not be found
-    page = vz.draw_neighbours(shown(model, asked, ["cat", "bee"]))
+    asked = others[[8, 200, 8]]  # training images themselves, which must not be found
+    labels = ["cat", "bee", "photo"]
+    what = shown(model, asked, labels)
+    vz.draw_neighbours(what)
     x = randsac.normalize(others[::2], 16)
     with torch.no_grad():
         features = F.normalize(model.encode(x).mean(1), dim=1)
     pixels = F.normalize(x.flatten(1), dim=1)
-    for i, label, (large, *small) in zip((4, 100), ("cat", "bee"), tiles_of(page, 2)):
-        assert find(large, as_image(others[2 * i], large.width))
+    for i, label, [(_, large), (_, small)] in zip((4, 100, 4), labels, sheets[0][2], strict=True):
+        assert large == as_image(others[2 * i], large.width)
         nearest = []
         for vectors in (features, pixels):
             order = (vectors @ vectors[i]).argsort(descending=True)
             nearest += order[order != i][:6].tolist()
         assert nearest[:6] != nearest[6:]
-        for k, seen in zip(nearest, small):
-            true = np.asarray(as_image(others[2 * k], seen.width))
-            assert (np.asarray(seen)[20:-20, 20:-20] == true[20:-20, 20:-20]).all()
-            framed = (np.asarray(seen)[:8] == rgb(vz.GREEN)).all()
+        for k, seen in zip(nearest, tiles_of(small, vz.column(8)), strict=True):
+            true = array(as_image(others[2 * k], seen.width))
+            assert (array(seen)[20:-20, 20:-20] == true[20:-20, 20:-20]).all()
+            framed = (array(seen)[:8] == rgb(vz.GREEN)).all()
             assert framed == (names[2 * k % 3] == label)
 
-
-def test_neighbours_without_labels_have_no_frames_and_too_few_are_refused(monkeypatch):
-    model = random_model(micro()).float()
-    others = random_images(7, 16)
-    classes = torch.arange(7) % 2
-
-    def draw_among(count, label, names):
-        found = (others[:count], classes[:count] * (len(names) - 1), names)
-        monkeypatch.setattr(randsac, "load_images", lambda config, train: found)
-        return np.asarray(vz.draw_neighbours(shown(model, others[:1], [label])))
-
-    for label, names in (("all", ["all"]), ("photo", ["ant", "bee"])):
-        assert not (draw_among(7, label, names) == rgb(vz.GREEN)).all(-1).any()
-    with pytest.raises(UserError, match="6 other training images"):
-        draw_among(6, "all", ["all"])
+    found[0] = others[:6]
+    with pytest.raises(UserError, match="more than 6 training images"):
+        vz.draw_neighbours(what)
 
 
 # --- charts
 
 
-def test_bars_are_as_high_as_their_values():
-    one = ("bars", {1: 1.0, 2: 2.0, 3: 4.0}, vz.BLUE, "")
-    pixels = np.asarray(vz.chart(680, [one], "x", "y"))
-    blue = (pixels == rgb(vz.BLUE)).all(-1).sum(0)
-    edges = np.flatnonzero(np.diff((blue > 0).astype(int)))
-    assert len(edges) == 6  # three bars
-    heights = [blue[(a + b) // 2] for a, b in edges.reshape(3, 2)]
-    assert heights[1] / heights[0] == pytest.approx(2, rel=0.02)
-    assert heights[2] / heights[0] == pytest.approx(4, rel=0.02)
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [1.0, 2.0, 4.0, -2.0]])
+def test_bars_are_as_long_as_their_values_from_zero_on(values):
+    one = ("bars", dict(enumerate(values)), vz.BLUE, "")
+    blue = (array(vz.chart(680, [one], "x", "y")) == rgb(vz.BLUE)).all(-1)
+    edges = np.flatnonzero(np.diff(blue.any(0).astype(int)))
+    bars = blue[:, edges.reshape(-1, 2).sum(1) // 2]
+    lengths = bars.sum(0)
+    assert (lengths / lengths[0]).tolist() == pytest.approx([*map(abs, values)], rel=0.02)
+    feet = [*(680 - bars[::-1, :3].argmax(0)), *bars[:, 3:].argmax(0)]
+    assert feet == pytest.approx([feet[0]] * len(values), abs=2)
 
 
 def test_lines_go_through_their_points_and_a_single_point_is_a_dot():
     line = ("line", {0: 0.0, 10: 1.0}, vz.BLUE, "")
     point = ("line", {5: 0.5}, vz.RED, "")
-    pixels = np.asarray(vz.chart(680, [line, point], "x", "y"))
-    y, x = np.nonzero((pixels == rgb(vz.BLUE)).all(-1))
-    dot_y, dot_x = np.nonzero((pixels == rgb(vz.RED)).all(-1))
-    assert len(dot_y) > 50
-    assert dot_y.mean() == pytest.approx((y.min() + y.max()) / 2, abs=4)
-    assert dot_x.mean() == pytest.approx((x.min() + x.max()) / 2, abs=4)
+    pixels = array(vz.chart(680, [line, point], "x", "y"))
+    line = np.argwhere((pixels == rgb(vz.BLUE)).all(-1))
+    dot = np.argwhere((pixels == rgb(vz.RED)).all(-1))
+    assert len(dot) > 50
+    assert dot.mean(0) == pytest.approx((line.min(0) + line.max(0)) / 2, abs=4)
 
 
-@pytest.mark.parametrize("ys", [[0.0], [3.0, 3.0], [0.5, 0.7], [1e-5, 2e-4], [2.0, 1e6]])
 @pytest.mark.parametrize("style", ["line", "dots", "bars"])
-def test_charts_of_any_values_have_numbers_beside_them(ys, style, monkeypatch):
-    words = []
-    write = vz.write
-    monkeypatch.setattr(vz, "write", lambda *call: words.append(call[2:]) or write(*call))
-    vz.chart(400, [(style, dict(enumerate(ys)), vz.BLUE, "")], "x", "y")
-    assert sum(call[-1] == "rm" for call in words) >= 2
-
-
-# --- the explorer
-
-
-def photo_of(uri):
-    kind, data = uri.split(",")
-    assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-
-
-def embedded(page):
-    [text] = re.findall(r'application/json">(.*?)</script>', page, re.DOTALL)
-    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-
-
-def test_the_explorer_shows_orders_that_sample_ranks_draws():
-    flags = {"segments": "blob", "hierarchy": (7, 3), "last_rank": 4, "image_size": 48, "seed": 3}
-    config = randsac.Config(**flags)
-    page = vz.draw_explore(shown(images=random_images(1, 64), config=config, flags=flags))
-    data = embedded(page)
-    assert [entry["name"] for entry in data["strategies"]] == [*vz.STRATEGIES, "yours: blob 7 -> 3"]
-    for i, entry in enumerate(data["strategies"]):
-        typed = randsac.make_parser("").parse_args(entry["flags"].split())
-        strategy = randsac.Config(**vars(typed))
-        orders = sample_ranks(strategy, 8, generator=randsac.seeded("cpu", 3, i)).tolist()
-        assert entry["ranks"] == [r for k, r in enumerate(orders) if r not in orders[:k]]
-        assert entry["patch_size"] == strategy.patch_size
-        assert entry["grid"] == strategy.grid and entry["levels"] == list(strategy.hierarchy)
-    assert data["size"] == {"dim": 128, "depth": 6, "decoder_depth": 1, "patch_size": 4}
-    assert data["model"] is None
-    before, after = (ROOT / "assets" / "explore.html").read_text("utf-8").split(">{}</script>")
-    assert page.startswith(before) and page.endswith(after)
-
-
-def test_the_explorer_shows_what_the_model_predicts_and_its_errors(tmp_path):
-    config = micro(image_size=32)
-    model = random_model(config).float()
-    images = random_images(5, 32)
-    ranks = sample_ranks(config, 5)
-    labels = ["a", "</script><b>&amp; \N{SNOWMAN} <!--", "c", "d", "e"]
-    what = shown(model, images, labels, ranks, runs=[tmp_path / "micro"])
-    data = embedded(vz.draw_explore(what))
-    assert data["model"]["name"] == "micro" and len(data["model"]["images"]) == 4
-    assert data["size"] == {"dim": 16, "depth": 2, "decoder_depth": 2, "patch_size": 4}
-    x = images / 127.5 - 1
-    truth = randsac.normalize_patches(randsac.patchify(x, 4))
-    with torch.no_grad():
-        errors = (model.predict(x, ranks) - truth).square().mean(-1)
-    for i, entry in enumerate(data["model"]["images"]):
-        assert entry["label"] == labels[i] and entry["grid"] == 8
-        assert entry["ranks"] == ranks[i].tolist()
-        found = [np.nan if error is None else error for error in entry["errors"]]
-        assert found == pytest.approx(errors[i].tolist(), abs=6e-4, nan_ok=True)
-        photo = photo_of(entry["image"])
-        assert (photo == images[i].movedim(0, -1).numpy()).all()
-        given = np.kron(ranks[i].view(8, 8).numpy() == 0, np.ones((4, 4))) > 0
-        assert (photo_of(entry["predicted"])[given] == photo[given]).all()
-        assert (photo_of(entry["predicted"])[~given] != photo[~given]).any()
+def test_charts_of_any_values_have_numbers_beside_them(style, monkeypatch):
+    words = calls_of("write", monkeypatch)
+    for ys in ([0.0], [3.0, 3.0], [0.5, 0.7], [1e-5, 2e-4], [2.0, 1e6]):
+        words.clear()
+        vz.chart(400, [(style, dict(enumerate(ys)), vz.BLUE, "")], "x", "y")
+        assert sum("rm" in call for call in words) >= 2
 
 
 # --- the command
 
+FOUR = {"segments.png", "hierarchy.png", "order.gif", "masks.png"}
+PIXELS = "--image-size 16 --patch-size 1 --last-rank 3"
+MAE = "all --image-size 56 --patch-size 8 --segments mae"
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--image-size 16 --patch-size 1 --last-rank 3",
-        "--image-size 56 --patch-size 8 --segments mae",
-    ],
-)
-def test_without_a_model_the_four_figures_are_drawn_inside_their_margins(tmp_path, flags):
+
+@pytest.mark.parametrize("flags, more", [(PIXELS, set()), (MAE, {"explore.html", "index.html"})])
+def test_without_a_model_the_four_figures_are_drawn_inside_their_margins(
+    flags, more, tmp_path, capsys
+):
     draw("--out", tmp_path, *flags.split())
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"segments.png", "hierarchy.png", "order.gif", "masks.png"}
-    for path in tmp_path.iterdir():
-        page = Image.open(path)
-        assert margins_are_white(page), path
-        assert page.width == (800 if path.suffix == ".gif" else 1600), path
+    assert {path.name for path in tmp_path.iterdir()} == FOUR | more
+    for name in FOUR:
+        page = Image.open(tmp_path / name)
+        assert margins_are_white(page), name
+        assert page.width == (800 if name == "order.gif" else 1600), name
+    skipped = re.findall("skipped (.*?): .*--checkpoint", capsys.readouterr().out)
+    assert skipped == (list(vz.PICTURES)[5:] if more else [])
 
 
 def test_all_draws_everything_and_an_index_that_says_what_it_is(run, tmp_path, capsys):
@@ -587,12 +495,22 @@ def test_all_draws_everything_and_an_index_that_says_what_it_is(run, tmp_path, c
     for name in files[1:]:
         assert margins_are_white(Image.open(tmp_path / name)), name
         assert f'<img src="{name}"' in index
-    data = embedded((tmp_path / "explore.html").read_text(encoding="utf-8"))
-    assert data["model"]["name"] == "micro"
-    assert len({entry["label"] for entry in data["model"]["images"]}) == 3  # there are no more
+    page = (tmp_path / "explore.html").read_text(encoding="utf-8")
+    assert '"model": {"name": "micro"' in page
+    assert len({*re.findall('"label": "(.*?)"', page)}) == 3  # there are no more
 
 
-def test_images_are_of_different_classes_and_have_the_right_name(run, image_folder):
+def test_all_goes_on_where_something_is_missing_and_says_what(bare, tmp_path, capsys):
+    draw("all", "--checkpoint", bare / "checkpoint.pt", "--out", tmp_path)
+    skipped = dict(re.findall("skipped (.*?): (.*)", capsys.readouterr().out))
+    assert "--no-skip" in skipped.pop("skips") and "probe.py" in skipped.pop("layers")
+    assert len(skipped) == 7 and all("nowhere" in reason for reason in skipped.values())
+    made = ["hierarchy", "masks", "curves"]  # these need no images
+    assert {path.stem for path in tmp_path.iterdir()} == {*made, "index"}
+    assert re.findall('src="(.*?).png"', (tmp_path / "index.html").read_text()) == made
+
+
+def test_images_are_of_different_classes_and_have_the_right_name(run):
     seen = []
     for seed in (0, 1):
         images, labels = vz.Shown({"checkpoint": run / "checkpoint.pt", "seed": seed}).images
@@ -603,112 +521,80 @@ def test_images_are_of_different_classes_and_have_the_right_name(run, image_fold
     assert seen[0] != seen[1]
 
 
-def test_a_folder_without_held_out_images_has_neighbours(run, image_folder, tmp_path, capsys):
-    (tmp_path / "only" / "train" / "all").mkdir(parents=True)
+def test_a_folder_without_held_out_images_has_neighbours(
+    run, image_folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "train" / "all").mkdir(parents=True)
     for i, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):
-        shutil.copy(path, tmp_path / "only" / "train" / "all" / f"{i}.png")
-    flags = ["--checkpoint", run / "checkpoint.pt", "--data-dir", tmp_path / "only"]
-    draw("neighbours", *flags, "--out", tmp_path)
-    assert f"{tmp_path / 'only'} has no held-out images" in capsys.readouterr().out
-    [[large, *small]] = tiles_of(Image.open(tmp_path / "neighbours.png"), 1)
-    first = np.asarray(large.resize((8, 8), Image.NEAREST))
-    assert not any((np.asarray(tile.resize((8, 8), 0)) == first).all() for tile in small)
+        shutil.copy(path, tmp_path / "train" / "all" / f"{i}.png")
+    sheets = calls_of("sheet", monkeypatch)
+    flags = {"checkpoint": run / "checkpoint.pt", "data_dir": str(tmp_path)}
+    page = vz.draw_neighbours(vz.Shown(flags))
+    assert f"{tmp_path} has no held-out images" in capsys.readouterr().out
+    for (_, large), (_, small) in sheets[0][2]:
+        asked = cells(large, 8, 8)
+        assert not any((cells(tile, 8, 8) == asked).all() for tile in tiles_of(small, vz.column(8)))
+    assert not (array(page) == rgb(vz.GREEN)).all(-1).any()  # there is one class
 
 
-def changed(run, folder, **settings):
-    """-> the checkpoint of a copy of a run whose settings are others."""
-    shutil.copytree(run, folder)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    saved["config"].update(settings)
-    if not saved["config"]["skip"]:
-        del saved["model"]["skip"]
-    torch.save(saved, folder / "checkpoint.pt")
-    return folder / "checkpoint.pt"
-
-
-def test_pictures_without_an_image_need_none(run, tmp_path):
-    checkpoint = changed(run, tmp_path / "moved", data_dir=str(tmp_path / "nowhere"))
-    names = ["hierarchy", "masks", "skips", "curves", "layers"]
-    draw(*names, "--checkpoint", checkpoint, "--out", tmp_path)
-    assert all((tmp_path / f"{name}.png").exists() for name in names)
-    with pytest.raises(UserError, match="nowhere"):
-        draw("segments", "--checkpoint", checkpoint, "--out", tmp_path)
-
-
-def test_few_images_are_enough(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where CIFAR-10 is not: four images are beside the checkpoint
-    draw("predictions", "attention", "loss-by-rank", "--checkpoint", NANO, "--out", tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_an_image_another_strategy_and_a_token_can_be_chosen(run, image_folder, tmp_path):
+def test_an_image_another_strategy_and_a_token_can_be_chosen(
+    run, image_folder, tmp_path, monkeypatch
+):
     picture = next((image_folder / "test").rglob("*.png"))
     flags = ["--image", picture, "--segments", "blob", "--hierarchy", 5, "--token", 3]
     flags += ["--checkpoint", run / "checkpoint.pt", "--out", tmp_path]
-    draw("predictions", "attention", "neighbours", *flags)
+    sheets = calls_of("sheet", monkeypatch)
+    draw("predictions", "neighbours", "attention", *flags)
     photo = torch.tensor(randsac.decode_image(picture, 8))
-    side = vz.column(8)
-    for name, size in {"predictions": side, "neighbours": 2 * side + vz.GAP}.items():
-        assert find(Image.open(tmp_path / f"{name}.png"), as_image(photo, size)), name
+    sides = (vz.column(8), 2 * vz.column(8) + vz.GAP, 240)
+    for sheet, side in zip(sheets, sides, strict=True):
+        image = as_image(photo, side)
+        if side == 240:
+            vz.outline(image, torch.arange(16).view(4, 4) == 3, vz.RED, 4)
+        assert images_of(sheet)[0] == image
 
 
-def test_curves_compares_runs_and_reads_one_that_is_still_being_written(run, tmp_path):
+def test_curves_compare_runs_and_probes_of_each_data_set_have_a_chart(run, tmp_path, monkeypatch):
+    # Another run, which is still being written.
     other = shutil.copytree(run, tmp_path / ("läufe-" + "é" * 60))
     with open(other / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    draw("curves", run, other, "--out", tmp_path)
+    pixels = {**LINEAR, "features": "pixels", "top1": 11.0}
+    flowers = {**LINEAR, "data_dir": "/data/of-anna/flowers", "top1": 12.0}
+    again = {**LINEAR, "top1": 13.0}  # this counts
+    cifar = {**LINEAR, "dataset": "cifar10", "data_dir": "data", "top1": 14.0}
+    floor = {**LAYERS, "random_init": True, "layers": [10.0, 9.0], "layers_knn": [8.0, 7.0]}
+    write_probes(other, LINEAR, UNTRAINED, LAYERS, pixels, flowers, cifar, again, floor)
+
+    charts = calls_of("chart", monkeypatch)
+    draw("curves", "layers", run, "--checkpoint", other / "checkpoint.pt", "--out", tmp_path)
     page = Image.open(tmp_path / "curves.png")
     assert margins_are_white(page)
     for hue in vz.HUES[:2]:  # in legend and bars
-        assert (np.asarray(page) == rgb(hue)).all(-1).sum() > 5000
-
-
-def test_probes_of_each_data_set_have_a_chart_with_floors_beside_their_models(
-    run, tmp_path, monkeypatch
-):
-    other = shutil.copytree(run, tmp_path / "other")
-    rows = [json.loads(line) for line in (run / "probes.jsonl").read_text().splitlines()]
-    rows += [{**rows[0], "features": "pixels", "top1": 11.0}]
-    rows += [{**rows[0], "data_dir": "/data/of-anna/flowers", "top1": 12.0}]
-    rows += [{**rows[0], "dataset": "cifar10", "data_dir": "data", "top1": 14.0}]
-    rows += [{**rows[0], "top1": 13.0}]  # once more: this counts
-    rows += [{**rows[2], "random_init": True, "layers": [10.0, 9.0], "layers_knn": [8.0, 7.0]}]
-    (other / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    charts = charts_of(monkeypatch)
-    draw("curves", "layers", "--checkpoint", other / "checkpoint.pt", "--out", tmp_path)
-    found = {}
-    for [bars], _, place, names in (call[:-1] for call in charts[1:-1]):
-        found[place] = {names[x].replace("\n", " "): y for x, y in bars[1].items()}
-    assert list(found.values()) == [
-        {"linear trained": 14.0},
-        {"linear trained": 12.0},
-        {"linear raw pixels": 11.0, "linear trained": 13.0, "linear untrained": 30.5},
+        assert (array(page) == rgb(hue)).all(-1).sum() > 5000
+    found = []
+    for _, bars, _, place, names, _ in charts[1:-1]:
+        for _, points, hue, _ in bars:
+            top1 = {names[x].replace("\n", " "): y for x, y in points.items()}
+            found.append((place[10:-9], hue, top1))
+    floors = {"linear raw pixels": 11.0, "linear untrained": 30.5}
+    assert found == [
+        ("cifar10 data", vz.BLUE, {"linear trained": 14.0}),
+        ("folder /data/of-anna/flowers", vz.BLUE, {"linear trained": 12.0}),
+        ("folder images", vz.BLUE, {"linear trained": 13.0, **floors}),
+        ("folder images", vz.RED, {"linear trained": 41.25, "linear untrained": 30.5}),
     ]
-    for place, word in zip(found, ("cifar10 data", "of-anna/flowers", "folder images")):
-        assert word in place
-    layers = [list(points.values()) for _, points, _, _ in charts[-1][0]]
-    assert layers == [[30.5, 35.0], [20.0, 25.0], [10.0, 9.0], [8.0, 7.0]]
-
-
-def test_all_goes_on_where_something_is_missing_and_says_what_makes_it(run, tmp_path, capsys):
-    checkpoint = changed(run, tmp_path / "bare", skip=False)
-    (tmp_path / "bare" / "probes.jsonl").unlink()
-    draw("all", "--checkpoint", checkpoint, "--out", tmp_path / "figures")
-    said = capsys.readouterr().out.splitlines()
-    skipped = [line for line in said if line.startswith("skipped")]
-    assert len(skipped) == 2 and "--no-skip" in skipped[0] and "probe.py" in skipped[1]
-    assert "layers" not in re.findall('src="(.*?)"', (tmp_path / "figures/index.html").read_text())
-    draw("all", "--segments", "mae", "--out", tmp_path / "free")
-    assert len(list((tmp_path / "free").iterdir())) == 6  # four figures, the explorer, the index
-    assert capsys.readouterr().out.count("--checkpoint") == len(vz.OF_MODELS) + len(vz.OF_RUNS)
+    layers = {words.partition(":")[0]: [*points.values()] for _, points, _, words in charts[-1][1]}
+    assert list(layers.values()) == [[30.5, 35.0], [20.0, 25.0], [10.0, 9.0], [8.0, 7.0]]
+    trained = ["linear, trained", "kNN, trained"]
+    assert list(layers) == [*trained, "linear, untrained", "kNN, untrained"]
 
 
 BAD = [
     ("no picture curvs", "curvs"),
     ("no picture", "segments runs/x"),
     ("nowhere", "curves nowhere"),
-    ("empty", "curves BROKEN/empty"),
-    ("damaged/metrics", "curves BROKEN/damaged"),
+    ("empty", "curves BARE/empty"),
     ("no.pt", "masks --checkpoint no.pt"),
     ("no.png", "order --image no.png"),
     ("--checkpoint", "attention"),
@@ -718,19 +604,15 @@ BAD = [
     ("--epochs", "masks --epochs 3"),
     ("--order", "masks --order backwards"),
     ("--token", "attention --token x"),
-    ("--image-size", "masks --checkpoint RUN/checkpoint.pt --image-size 32"),
-    ("--patch-size", "masks --checkpoint RUN/checkpoint.pt --patch-size 4"),
+    ("--image-size", "masks --checkpoint BARE/checkpoint.pt --image-size 32"),
+    ("--patch-size", "masks --checkpoint BARE/checkpoint.pt --patch-size 4"),
 ]
 
 
 @pytest.mark.parametrize("words, arguments", BAD)
-def test_bad_input_is_refused_in_one_line(words, arguments, run, tmp_path):
-    for name, text in {"empty": "", "damaged": "no json\n"}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(text)
-    arguments = arguments.replace("RUN", str(run)).replace("BROKEN", str(tmp_path))
+def test_bad_input_is_refused_in_one_line(words, arguments, bare, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
-        draw(*arguments.split(), "--out", tmp_path / "figures")
+        draw(*arguments.replace("BARE", str(bare)).split(), "--out", tmp_path / "figures")
     assert "\n" not in str(caught.value)
 
 
