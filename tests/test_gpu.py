@@ -15,7 +15,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MICRO_FLAGS, HostReads, micro, random_model, run_here
+from conftest import (
+    MICRO_FLAGS,
+    HostReads,
+    assert_no_gradient_leaks,
+    micro,
+    random_model,
+    run_here,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
@@ -155,14 +162,6 @@ def on(device, name, dtype=torch.float32):
     return model, images.to(device, dtype), ranks.to(device), trim, wanted
 
 
-def test_which_gpu():
-    if list(KERNELS) == ["cpu"]:
-        pytest.skip("no GPU: this file has tried the CPU alone")
-    name = torch.cuda.get_device_name() if "cuda" in KERNELS else "Apple"
-    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    print(f"{name}, torch {torch.__version__}, {versions}")
-
-
 @every_kernel
 @pytest.mark.parametrize("precision", ROUNDING)
 def test_outputs_and_gradients_are_those_of_float64(device, kernel, precision):
@@ -193,24 +192,10 @@ def test_no_prediction_hangs_on_its_own_or_a_later_segment(device, kernel, dtype
         pytest.skip("mps has no float64")
     for name in CASES:
         model, images, ranks, trim, _ = on(device, name, dtype)
-        images = images.clone().requires_grad_()
-        tokens = randsac.patchify(images, model.config.patch_size)
         last = ranks.amax(1, keepdim=True)  # [4,1]
         step = 1 + torch.arange(4, device=device)[:, None] * 5 % last.clamp(min=1)  # [4,1]
         with using(kernel, dtype):
-            if trim:
-                prediction, which = model.decode_trimmed(tokens, ranks)
-                rank = ranks.gather(1, which)
-            else:
-                prediction = model.decode(tokens, ranks)
-                rank = ranks
-
-        # Pixels of the own and of later segments have a gradient of exactly zero, all others one.
-        asked = (rank == step)[..., None]
-        (gradient,) = torch.autograd.grad((prediction.square() * asked).sum(), images)
-        gradient = randsac.patchify(gradient, model.config.patch_size).abs().amax(-1)  # [4,N]
-        assert (gradient[ranks >= step] == 0).all(), name
-        assert (gradient[(ranks < step) & (last > 0)] > 0).all(), name
+            assert_no_gradient_leaks(model, images, ranks, step, trim)
 
 
 @contextlib.contextmanager
@@ -367,15 +352,3 @@ def test_what_cudnn_attention_does_with_our_masks(device, dtype, low):
             if name != "memory with empty rows":
                 own = attend(parts, mask, "program")
                 assert all(value.isfinite().all() for value in own.values()), (n, name)
-
-
-@every_device
-def test_what_a_model_would_get_of_cudnn_attention(device):
-    for name in CASES:
-        model, images, ranks, trim, wanted = on(device, name)
-        print(name, end=" ")
-        try:
-            found = outcome(model, images, ranks, trim, left_out(device), "bfloat16")
-            within(error_of(found, wanted), 1)
-        except RuntimeError as error:
-            print(describe(error))
