@@ -242,17 +242,10 @@ def test_welch():
     assert p == pytest.approx(density_p(4 / 3**0.5, freedom), abs=1e-7)
     assert density_p(half / 3**0.5, freedom) == pytest.approx(0.05, abs=1e-7)
 
-    # Equal variances have 4 degrees, a side without a spread leaves 2.
+    # Equal variances have 4 degrees, a side without a spread leaves 2, two of these say nothing.
     assert ev.compare([1, 2, 3], [2, 3, 4])[2] == pytest.approx(density_p(1.5**0.5, 4), abs=1e-7)
     assert ev.compare([1, 2, 3], [5, 5, 5])[2] == pytest.approx(density_p(3 * 3**0.5, 2), abs=1e-7)
-
-
-def test_verdicts_in_words():
-    assert ev.judge([50, 51, 52], [44, 45, 46]) == "+6.00 ± 2.27, p = 0.002: **higher**"
-    assert ev.judge([44, 45, 46], [50, 51, 52]) == "-6.00 ± 2.27, p = 0.002: **lower**"
-    assert ev.judge([50, 51, 52], [49, 50, 51]) == "+1.00 ± 2.27, p = 0.288: no difference seen"
-    assert ev.judge([50, 51, 52], [40]) == "+11.00: not enough seeds"
-    assert ev.judge([50, 50], [40, 40]) == "+10.00: not enough seeds"
+    assert ev.compare([50, 50], [40, 40]) == (10, 0, 1)
 
 
 # --- report
@@ -276,7 +269,8 @@ def logged(here):
     log(ev.LOGS, "patch-raster", 44, 45, 46)
     log(ev.LOGS, "square-16-4", 50, 51, 52)
     log(ev.LOGS, "mae", 52, 53, 57)
-    log(ev.LOGS, "square-16", 50)
+    log(ev.LOGS, "square-16", 40, 41, 42)
+    log(ev.LOGS, "square-16-k4", 50)
     rows = [{"floor": "--random-init", "lin": 33.3, "knn": 22.2}]
     rows += [{"floor": "--features pixels", "lin": 35.5, "knn": 36.6}]
     (ev.LOGS / "floors.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -301,13 +295,14 @@ def test_tables(logged):
     assert report() == text
 
     assert cells(text, "patch-random")[2:5] == ["3", "50.0 ± 1.0", "40.0 ± 1.0"]
-    assert cells(text, "square-16")[2:5] == ["1", "50.0", "40.0"]
+    assert cells(text, "square-16-k4")[2:5] == ["1", "50.0", "40.0"]
     assert "| blob-9 |" not in text
     assert cells(text, "untrained")[1:] == ["`--random-init`", "1", "33.3", "22.2", "0.0"]
     raster = cells(text, "random > raster")
     assert raster[1:4] == ["patch-random / patch-raster", "1.00", "+20.00 (Table 2)"]
     assert raster[4] == raster[5] == "+5.00 ± 2.27, p = 0.004: **higher**"
-    assert cells(text, "segments > patches")[4] == "+0.00: not enough seeds"
+    assert cells(text, "segments > patches")[4] == "-9.00 ± 2.27, p = 0.000: **lower**"
+    assert cells(text, "K = 4 > MAE, equal cost")[4] == "-4.00: not enough seeds"
     assert "coherent > incoherent" not in text
     assert cells(text, "RandSAC > MAE, equal passes")[4].endswith("no difference seen")
     assert f"Comparisons at 5 %: {text.count('p = ')}." in text

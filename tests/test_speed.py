@@ -3,6 +3,7 @@ other work on the machine hardly matters. What needs no clock runs always: the c
 everything stays on the device, that torch.compile sees one whole graph, and that a model of torch's
 own layers has the same loss. That the host never waits for a device is in test_gpu.py."""
 
+import re
 import time
 
 import numpy as np
@@ -127,27 +128,26 @@ class Stock(randsac.RandSAC):
         return super().forward(images, ranks)
 
 
-def load(stock, ours):
-    """Gives the stock model our weights."""
-    stock.load_state_dict(ours.state_dict(), strict=False)  # all but the layers
-    attentions = []
-    others = []
-    for to, of in zip(stock.encoder, ours.encoder):
-        attentions.append((to.self_attn, of.attention))
-        others += [(to.norm1, of.norm_attention), (to.norm2, of.norm_mlp)]
-    for to, of in zip(stock.decoder, ours.decoder):
-        attentions.append((to.self_attn, of.self_attention))
-        attentions.append((to.multihead_attn, of.cross_attention))
-        others += [(to.norm1, of.norm_self), (to.norm2, of.norm_cross), (to.norm3, of.norm_mlp)]
-    for to, of in zip([*stock.encoder, *stock.decoder], [*ours.encoder, *ours.decoder]):
-        others += [(to.linear1, of.mlp[0]), (to.linear2, of.mlp[2])]
-    for to, of in attentions:
-        others.append((to.out_proj, of.out))
-        for kind in ("weight", "bias"):  # query, key and value are one there
-            joined = torch.cat([getattr(of.query, kind), getattr(of.key_value, kind)])
-            getattr(to, f"in_proj_{kind}").data.copy_(joined)
-    for to, of in others:
-        to.load_state_dict(of.state_dict())
+RENAMED = {  # what our layers call their weights, and what torch's do
+    r"self_attention|(?<=\.)attention": "self_attn",
+    "cross_attention": "multihead_attn",
+    r"(query|key_value)\.": "in_proj_",  # joined there
+    r"\bout\b": "out_proj",
+    "norm_attention|norm_self": "norm1",
+    r"norm_cross|(?<=encoder\.\d\.)norm_mlp": "norm2",
+    "norm_mlp": "norm3",
+    r"mlp\.0": "linear1",
+    r"mlp\.2": "linear2",
+}
+
+
+def stock_weights(ours):
+    parts = {}
+    for name, value in ours.state_dict().items():
+        for pattern, new in RENAMED.items():
+            name = re.sub(pattern, new, name)
+        parts.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 @every_strategy
@@ -155,7 +155,7 @@ def test_stock_parts_have_the_same_loss_on_the_same_ranks(strategy):
     config = micro(depth=3, **strategy)
     ours = random_model(config).float()
     stock = Stock(config)
-    load(stock, ours)
+    stock.load_state_dict(stock_weights(ours))
     images = torch.randn(4, 3, 16, 16)
     ranks = randsac.sample_ranks(config, 4)
     expected = stock(images, ranks)
