@@ -32,10 +32,7 @@ STRATEGIES = [  # grid, segments, hierarchy, last ranks: none, the smallest, the
     (3, "scatter", (9, 2), (0, 1, 7)),
     (4, "scatter", (6,), (0, 1, 4)),
 ]
-TRIMMED = [strategy for strategy in STRATEGIES if strategy[1] in ("patch", "square", "mae")]
-names = "grid, segments, hierarchy, last_ranks"
-every_strategy = pytest.mark.parametrize(names, STRATEGIES)
-every_trimmed_strategy = pytest.mark.parametrize(names, TRIMMED)
+every_strategy = pytest.mark.parametrize("grid, segments, hierarchy, last_ranks", STRATEGIES)
 
 
 def small(grid, segments, hierarchy, **settings):
@@ -234,48 +231,43 @@ def test_predictions_equal_the_slow_version():
 # --- the two paths
 
 
+TRIMMED = []
+for *strategy, last_ranks in STRATEGIES:
+    if strategy[1] in ("patch", "square", "mae"):
+        TRIMMED += [(*strategy, K) for K in last_ranks]
+
+
 @pytest.mark.parametrize("skip", [True, False])
-@every_trimmed_strategy
-def test_trimmed_path_is_the_masked_one(grid, segments, hierarchy, last_ranks, skip):
-    """The same predictions, loss and gradients, with and without a last rank."""
-    for K in last_ranks:
-        config = small(grid, segments, hierarchy, last_rank=K, skip=skip)
-        model = random_model(config)
-        images = torch.randn(4, 3, 2 * grid, 2 * grid).double()
-        ranks = randsac.sample_ranks(config, 4)
+@pytest.mark.parametrize("grid, segments, hierarchy, K", TRIMMED)
+def test_trimmed_path_is_the_masked_one(grid, segments, hierarchy, K, skip):
+    """The same predictions, loss and gradients. Section 4.1: the last segment is left out of the
+    encoder's input, the first of the decoder's."""
+    config = small(grid, segments, hierarchy, last_rank=K, skip=skip)
+    model = random_model(config)
+    images = torch.randn(4, 3, 2 * grid, 2 * grid).double()
+    ranks = randsac.sample_ranks(config, 4)
 
-        tokens = randsac.patchify(images, 2)
-        trimmed, which = model.decode_trimmed(tokens, ranks)
-        assert torch.allclose(randsac.take(model.decode(tokens, ranks), which), trimmed, atol=1e-10)
-        for b in range(4):
-            assert sorted(which[b].tolist()) == ranks[b].nonzero()[:, 0].tolist()
+    losses = []
+    gradients = []
+    for trim in (False, True):
+        loss = model(images, ranks, trim=trim)
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert torch.allclose(*losses, atol=1e-10)
+    for masked, trimmed in zip(*gradients):
+        assert torch.allclose(masked, trimmed, atol=1e-9)
 
-        losses = []
-        gradients = []
-        for trim in (False, True):
-            loss = model(images, ranks, trim=trim)
-            losses.append(loss)
-            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-        assert torch.allclose(*losses, atol=1e-10)
-        for masked, trimmed in zip(*gradients):
-            assert torch.allclose(masked, trimmed, atol=1e-9)
-
-
-@every_trimmed_strategy
-def test_trimmed_path_leaves_the_ends_out(grid, segments, hierarchy, last_ranks):
-    """Section 4.1: the last segment of the encoder's input, the first of the decoder's."""
-    for K in last_ranks:
-        config = small(grid, segments, hierarchy, last_rank=K)
-        model = random_model(config)
-        inputs = [[], []]
-        for part, kept in zip((model.encoder[0], model.decoder[0]), inputs):
-            part.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0]))
-        ranks = randsac.sample_ranks(config, 2)
-        model.decode_trimmed(torch.randn(2, grid**2, 12).double(), ranks)
-        sizes = ranks[0].bincount().tolist()
-        ((encoder_input,), (decoder_input,)) = inputs
-        assert encoder_input.shape == (2, grid**2 - sizes[-1], 16)
-        assert decoder_input.shape == (2, grid**2 - sizes[0], 16)
+    tokens = randsac.patchify(images, 2)
+    masked = model.decode(tokens, ranks)
+    entered = []
+    for part in (model.encoder[0], model.decoder[0]):
+        part.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].shape[1]))
+    trimmed, which = model.decode_trimmed(tokens, ranks)
+    assert torch.allclose(randsac.take(masked, which), trimmed, atol=1e-10)
+    for b in range(4):
+        assert sorted(which[b].tolist()) == ranks[b].nonzero()[:, 0].tolist()
+    sizes = ranks[0].bincount().tolist()
+    assert entered == [grid**2 - sizes[-1], grid**2 - sizes[0]]
 
 
 @pytest.mark.parametrize("segments", ["blob", "scatter"])
