@@ -123,6 +123,18 @@ def random_model(config, seed=0):
     return model
 
 
+def training(config, build=randsac.RandSAC):
+    """-> model, optimizer, scaler, a batch, config: what training_step takes before the step."""
+    device = torch.device(config.device)
+    model = build(config).to(device)
+    optimizer = randsac.make_optimizer(model, config)
+    small = randsac.pick_precision(config.precision, device) == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=small)
+    shape = (config.batch_size, 3, config.image_size, config.image_size)
+    batch = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return model, optimizer, scaler, batch.to(device), config
+
+
 def run_path(model, images, ranks, trim):
     """-> predictions [B,n,PPC], their ranks [B,n], by either path."""
     if not trim:

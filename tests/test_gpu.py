@@ -22,6 +22,7 @@ from conftest import (
     micro,
     random_model,
     run_here,
+    training,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
@@ -97,20 +98,8 @@ def within(errors, near):
     return all(error < near for error in errors.values())  # false for NaN
 
 
-def training(device, **settings):
-    """-> model, optimizer, scaler, a batch, config: all that training_step takes."""
-    config = micro(device=device, batch_size=16, **settings)
-    model = randsac.RandSAC(config).to(device)
-    optimizer = randsac.make_optimizer(model, config)
-    small = randsac.pick_precision(config.precision, torch.device(device)) == "float16"
-    scaler = torch.amp.GradScaler(device, enabled=small)
-    side = config.image_size
-    batch = torch.randint(0, 256, (config.batch_size, 3, side, side), dtype=torch.uint8)
-    return model, optimizer, scaler, batch.to(device), config
-
-
-def step_of(model, optimizer, scaler, batch, config, step):
-    return randsac.training_step(model, optimizer, scaler, batch, config, step, 100)
+def small_training(device, **settings):
+    return training(micro(device=device, batch_size=16, **settings))
 
 
 def outcome(model, images, ranks, trim, kernel, precision):
@@ -217,26 +206,27 @@ def no_host_reads(device):
 @pytest.mark.parametrize("precision", ["auto", "float16"])
 @pytest.mark.parametrize("segments", randsac.HIERARCHIES)
 def test_a_step_reads_nothing_on_the_host(device, segments, precision):
-    *parts, batch, config = training(device, segments=segments, precision=precision)
+    *parts, batch, config = small_training(device, segments=segments, precision=precision)
     index = torch.randperm(len(batch)).to(device)
-    losses = [step_of(*parts, batch[index], config, 0)]  # the first step may, to set things up
+    # The first step may read, to set things up.
+    losses = [randsac.training_step(*parts, batch[index], config, 0, 100)]
     with no_host_reads(device):
         for step in range(1, 4):
-            losses.append(step_of(*parts, batch[index], config, step))
+            losses.append(randsac.training_step(*parts, batch[index], config, step, 100))
     assert torch.stack(losses).isfinite().all()
 
 
 @every_device
 def test_the_scaler_leaves_out_a_step_that_overflows_and_goes_on(device):
-    model, optimizer, scaler, batch, config = training(device, precision="float16")
+    model, optimizer, scaler, batch, config = small_training(device, precision="float16")
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**34})
     start = parameters_to_vector(model.parameters()).clone()
-    loss = step_of(model, optimizer, scaler, batch, config, 10)
+    loss = randsac.training_step(model, optimizer, scaler, batch, config, 10, 100)
     assert loss.isfinite()
     assert torch.equal(parameters_to_vector(model.parameters()), start)
     assert scaler.get_scale() == 2.0**33
     for _ in range(24):
-        step_of(model, optimizer, scaler, batch, config, 10)
+        randsac.training_step(model, optimizer, scaler, batch, config, 10, 100)
     now = parameters_to_vector(model.parameters())
     assert now.isfinite().all()
     assert not torch.equal(now, start)
@@ -288,7 +278,7 @@ def test_compiled_is_eager(device):
 @every_device
 def test_held_out_loss_takes_no_more_memory_than_a_step(device):
     """In bytes on CUDA, in images that the model sees at once elsewhere."""
-    *parts, batch, config = training(device, segments="patch", depth=6, image_size=32)
+    *parts, batch, config = small_training(device, segments="patch", depth=6, image_size=32)
     images = torch.randint(0, 256, (1000, 3, 32, 32), dtype=torch.uint8)
     seen = []
     parts[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
@@ -300,8 +290,9 @@ def test_held_out_loss_takes_no_more_memory_than_a_step(device):
         work(*arguments)
         return torch.cuda.max_memory_allocated() if device == "cuda" else max(seen)
 
-    step_of(*parts, batch, config, 0)  # the optimizer's state comes with the first step
-    step = peak(step_of, *parts, batch, config, 1)
+    # The optimizer's state comes with the first step.
+    randsac.training_step(*parts, batch, config, 0, 100)
+    step = peak(randsac.training_step, *parts, batch, config, 1, 100)
     held_out = peak(randsac.held_out_loss, parts[0], images, config, batch.device)
     print(f"a step {step:,}, held-out loss {held_out:,}")
     assert held_out <= step

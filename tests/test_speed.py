@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import speed
 import torch
-from conftest import HostReads, micro, random_model
+from conftest import HostReads, micro, random_model, training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -167,31 +167,15 @@ def test_stock_parts_have_the_same_loss_on_the_same_ranks(strategy):
 # --- measured: pytest -m bench -s
 
 
-def trainer(build=randsac.RandSAC, **settings):
-    """-> a function that does one training step, as `train` does."""
-    config = randsac.Config(device="cpu", **settings)
-    model = build(config)
-    optimizer = randsac.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    shape = (config.batch_size, 3, config.image_size, config.image_size)
-    batch = torch.randint(0, 256, shape, dtype=torch.uint8)
-
-    def step():
-        randsac.training_step(model, optimizer, scaler, batch, config, 0, 10)
-
-    step()  # the first makes the optimizer's state
-    return step
-
-
 def in_turn(first, second, rounds=5, seconds=2):
-    """Prints and returns how many times as fast the first step is, median of the rounds. They are
-    measured in turn, as the machine's speed drifts, their ratios less."""
+    """Prints and returns how many times as fast the first training is, median of the rounds. They
+    are measured in turn, as the machine's speed drifts, their ratios less."""
     found = np.zeros((2, rounds))
     for number, i in np.ndindex(rounds, 2):
         count = 0
         start = time.process_time()
         while time.process_time() < start + seconds:
-            (first, second)[i]()
+            randsac.training_step(*(first, second)[i], 0, 10)
             count += 1
         found[i, number] = (time.process_time() - start) / count
     ratios = found[1] / found[0]
@@ -203,9 +187,9 @@ def in_turn(first, second, rounds=5, seconds=2):
 @pytest.mark.parametrize("model", ["nano", "tiny"])
 def test_against_stock_parts_and_bfloat16_against_float32(model):
     torch.set_num_threads(1)
-    settings = {"model": model, "batch_size": 64}
-    ours = trainer(**settings)
+    settings = {"model": model, "batch_size": 64, "device": "cpu"}
+    ours = training(randsac.Config(**settings))
     print(f"\n{model}: times as fast in bfloat16 as in float32: ", end="")
-    in_turn(trainer(precision="bfloat16", **settings), ours)
+    in_turn(training(randsac.Config(precision="bfloat16", **settings)), ours)
     print(f"{model}: times as fast as torch's own layers: ", end="")
-    assert in_turn(ours, trainer(build=Stock, **settings)) > 1
+    assert in_turn(ours, training(randsac.Config(**settings), build=Stock)) > 1
