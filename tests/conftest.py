@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import randsac
 
 # A server that has imported torch, from which other processes are forked: an import takes seconds.
@@ -87,36 +86,28 @@ def random_hierarchy(rng, segments, grid):
 
 def random_config(rng, **settings):
     """A random valid Config: every strategy, hierarchy, grid, order, last rank, skip setting and
-    target, where `settings` say nothing else."""
+    target, where `settings` (dim, order, last rank) say nothing else."""
     grid = int(rng.choice([2, 3, 4, 6, 8]))
     patch = int(rng.choice([1, 2, 3]))
-    strategies = ["patch", "square", "blob", "scatter", "mae"]
-    if settings.get("order") == "raster":
-        strategies.remove("mae")
-    segments = str(rng.choice(strategies))
+    segments = str(rng.choice(["patch", "square", "blob", "scatter", "mae"]))
+    if segments == "mae" and settings.get("order") == "raster":
+        segments = "patch"
+    hierarchy = random_hierarchy(rng, segments, grid)
     drawn = {
         "image_size": grid * patch,
         "patch_size": patch,
         "segments": segments,
-        "hierarchy": random_hierarchy(rng, segments, grid),
-        "order": str(rng.choice(["random", "raster"])),
+        "hierarchy": hierarchy,
         "skip": bool(rng.integers(2)),
         "target": str(rng.choice(["normalized", "pixels"])),
         "depth": int(rng.integers(1, 4)),
         "decoder_depth": int(rng.integers(1, 3)),
     }
-    if settings.get("segments", segments) == "mae":
-        drawn["order"] = "random"  # it has no other
-    chosen = {**drawn, **settings}
-
-    # Where there are fewer than three segments, no last rank changes anything.
-    count = (chosen["image_size"] // chosen["patch_size"]) ** 2
-    if chosen["hierarchy"]:
-        count = chosen["hierarchy"][0]
-    cut = bool(rng.integers(2)) and count > 2 and chosen["segments"] != "mae"
-    if cut and "last_rank" not in settings:
-        chosen["last_rank"] = int(rng.integers(1, count - 1))
-    return micro(**chosen)
+    if segments != "mae":  # it has no other order
+        drawn["order"] = str(rng.choice(["random", "raster"]))
+        count = hierarchy[0] if hierarchy else grid**2
+        drawn["last_rank"] = int(rng.integers(count - 1)) if rng.integers(2) else 0
+    return micro(**{**drawn, **settings})
 
 
 def random_model(config, seed=0):
@@ -130,6 +121,41 @@ def random_model(config, seed=0):
             drawn = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.copy_(scale * drawn)
     return model
+
+
+def training(config, build=randsac.RandSAC):
+    """-> model, optimizer, scaler, a batch, config: what training_step takes before the step."""
+    device = torch.device(config.device)
+    model = build(config).to(device)
+    optimizer = randsac.make_optimizer(model, config)
+    small = randsac.pick_precision(config.precision, device) == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=small)
+    shape = (config.batch_size, 3, config.image_size, config.image_size)
+    batch = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return model, optimizer, scaler, batch.to(device), config
+
+
+def run_path(model, images, ranks, trim):
+    """-> predictions [B,n,PPC], their ranks [B,n], by either path."""
+    if not trim:
+        return model.predict(images, ranks), ranks
+    tokens = randsac.patchify(images, model.config.patch_size)
+    prediction, which = model.decode_trimmed(tokens, ranks)
+    return prediction, ranks.gather(1, which)
+
+
+def assert_no_gradient_leaks(model, images, ranks, step, trim):
+    """Of predictions at these steps [B,1] no gradient reaches their own or a later segment: it is
+    exactly zero there, and not zero at every earlier token. -> the predictions, their ranks."""
+    images = images.clone().requires_grad_()
+    prediction, rank = run_path(model, images, ranks, trim)
+    asked = rank == step
+    assert torch.equal(asked.any(1), (ranks > 0).any(1))  # a sample of one segment predicts nothing
+    (gradient,) = torch.autograd.grad(prediction[asked].square().sum(), images)
+    gradient = randsac.patchify(gradient, model.config.patch_size).abs().amax(-1)  # [B,N]
+    assert (gradient[ranks >= step] == 0).all(), model.config
+    assert (gradient[(ranks < step) & asked.any(1, keepdim=True)] > 0).all(), model.config
+    return prediction.detach(), rank
 
 
 class HostReads(TorchDispatchMode):
@@ -148,26 +174,6 @@ class HostReads(TorchDispatchMode):
         if by_mask or any(name in str(func) for name in self.waits):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-def command(script, *arguments, cwd, timeout=600, **kwargs):
-    """Runs `python SCRIPT ARGUMENTS` in a process of its own, on one thread -> CompletedProcess
-    with its output as text."""
-    words = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    kwargs |= {"cwd": cwd, "timeout": timeout, "env": env}
-    return subprocess.run(words, check=False, capture_output=True, text=True, **kwargs)
-
-
-def fails_in_one_line(result, *words):
-    """The command ended with code 2, without a traceback, and with one line that says `words`."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    *before, line = result.stderr.strip().splitlines()
-    assert line.startswith("error: "), result.stderr
-    assert not any("error: " in other for other in before), result.stderr
-    for word in words:
-        assert word in line, line
 
 
 def run_here(*arguments):
