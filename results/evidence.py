@@ -11,7 +11,6 @@ First comes seed 0 of all variants, then seed 1, then seed 2, each in a process 
 
 import json
 import math
-import platform
 import subprocess
 import sys
 import time
@@ -118,8 +117,7 @@ def train_and_probe(job, args):
         settings = {"name": name, "flags": flags, "seed": seed, "recipe": args.recipe}
         settings |= {"data": args.data_dir.resolve().name, "jobs": args.jobs}
         settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        on_gpu = torch.cuda.is_available()
-        settings["machine"] = torch.cuda.get_device_name() if on_gpu else platform.machine()
+        settings["machine"] = speed.machine()
         settings["images_per_s"] = median(row["images_per_s"] for row in metrics)
         rows = [settings, results]
 

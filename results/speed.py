@@ -11,6 +11,7 @@ as long as the step itself, the device waits, and a larger batch costs little mo
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,15 @@ GPU = [
     ("base", 192, 16, False, (128, 512)),
 ]
 CPU = [("nano", 32, 4, False, (32, 128))]
+
+
+def machine():
+    """-> the name of the GPU or, where there is none, of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def wait(device):
@@ -112,12 +122,10 @@ def main(arguments):
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
 
     peak = peak_rate(device, getattr(torch, precision))
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else platform.machine()
-    where = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    where = {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     rows = [{**where, "precision": precision, "peak_tflops": round(peak / 1e12, 3)}]
     print(json.dumps(rows[0]), flush=True)
-    for name, size, patch, compiled, batches in GPU if on_gpu else CPU:
+    for name, size, patch, compiled, batches in GPU if device.type == "cuda" else CPU:
         model = {"model": name, "image_size": size, "patch_size": patch}
         cost = flops(randsac.Config(**model))
         for batch in batches:
