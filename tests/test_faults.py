@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MICRO_FLAGS, ROOT, forks, micro, random_model, run_here
-from test_training import rows, same_weights
+from test_training import contents, refusal, rows, same_weights
 
 import randsac
 
@@ -61,10 +61,6 @@ def undisturbed(image_folder, tmp_path_factory):
 def saved_step(out):
     """The step of a run's checkpoint, which is always whole."""
     return randsac.load_checkpoint(out / "checkpoint.pt")[0]["step"]
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.iterdir()}
 
 
 def lost_nothing(out, undisturbed):
@@ -157,11 +153,6 @@ def a_minute_in_a_step(*numbers):
     randsac.training_step = at_call(1, randsac.training_step, lambda: act(60))
 
 
-def ascii_terminal():
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii", errors="strict")
-
-
 def little_memory(megabytes):
     """So much more than the process has now."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -177,9 +168,11 @@ def read_only(place):
         return
     libc = ctypes.CDLL(None)
     name = str(place).encode()
-    failed = libc.unshare(0x20000), libc.mount(b"none", b"/", None, 0x44000, None)
-    failed += libc.mount(name, name, None, 0x1000, None), libc.mount(None, name, None, 0x1021, None)
-    if any(failed) or os.access(place, os.W_OK):
+    libc.unshare(0x20000)
+    libc.mount(b"none", b"/", None, 0x44000, None)
+    libc.mount(name, name, None, 0x1000, None)
+    libc.mount(None, name, None, 0x1021, None)
+    if os.access(place, os.W_OK):
         os._exit(77)
 
 
@@ -202,7 +195,10 @@ def start(arguments, log, fault=None, *values):
     return process
 
 
-def finish(process, log):
+def run(arguments, log, fault=None, *values):
+    """-> its exit code, all that it has said."""
+    log.unlink(missing_ok=True)
+    process = start(arguments, log, fault, *values)
     process.join(100)
     if process.exitcode is None:
         process.kill()
@@ -210,11 +206,6 @@ def finish(process, log):
     if process.exitcode == 77:
         pytest.skip("nothing can be made read-only here")
     return process.exitcode, log.read_text().replace("\r", "\n")
-
-
-def run(arguments, log, fault=None, *values):
-    log.unlink(missing_ok=True)
-    return finish(start(arguments, log, fault, *values), log)
 
 
 def wait_for(path, process):
@@ -226,13 +217,13 @@ def wait_for(path, process):
 # --- killed
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_kill_9_at_random_moments(flags, tmp_path, undisturbed, kills):
-    """And resumed to the end. The first run is not killed: it tells how long a life is."""
-    rng = np.random.default_rng(kills)
+@pytest.mark.long
+def test_twenty_kills_at_random_moments(flags, tmp_path, undisturbed):
+    """Each is resumed to the end. The first run is not killed: it tells how long a life is."""
+    rng = np.random.default_rng(0)
     lifetime = 0
     left = []
-    while len(left) < kills:
+    while len(left) < 20:
         out = tmp_path / str(time.perf_counter_ns())
         process = start([*flags, "--out", out], tmp_path / "log")
         wait_for(out / "checkpoint.pt", process)
@@ -248,11 +239,11 @@ def test_kill_9_at_random_moments(flags, tmp_path, undisturbed, kills):
         assert run_here("--resume", out) == 0
         lost_nothing(out, undisturbed)
     print("killed with checkpoints of steps", sorted(left))
-    assert kills == 1 or len(set(left)) > 3  # all over the run
+    assert len(set(left)) > 3  # all over the run
 
 
 KILLS = [(kill_while_writing, 1), (kill_while_writing, 3)]
-KILLS += [(kill_before_rename, number) for number in (1, 3, 5)]  # 1: images, 3: first checkpoint
+KILLS += [(kill_before_rename, 1), (kill_before_rename, 5)]  # of images, of a checkpoint
 
 
 @pytest.mark.parametrize("fault, number", KILLS)
@@ -283,11 +274,13 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(flags, undisturbed, 
 
 
 def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
+    """All that was said until then stands in the log."""
     begin = time.perf_counter()
     code, text = run([*flags, "--out", "run"], tmp_path / "log", a_minute_in_a_step, 2, 2)
     assert code == -2 and "--resume" not in text, text
     assert time.perf_counter() - begin < 50  # the step would have taken a minute
     assert saved_step(tmp_path / "run") == 0
+    assert "72 images of 3 classes" in text and "20 steps" in text
 
 
 def test_sigterm_while_images_are_decoded_leaves_no_part_of_them(flags, go, monkeypatch):
@@ -340,50 +333,6 @@ def test_a_run_that_was_overtaken_does_not_overwrite(flags, tmp_path, undisturbe
     lost_nothing(tmp_path / "run", undisturbed)
 
 
-def test_init_takes_every_setting_but_those_given(image_folder):
-    given = "--segments blob --hierarchy 5 2 --target pixels --seed 3 --crop-scale 0.9 --no-skip "
-    given += "--order raster --weight-decay 0.2 --warmup 0.1 --lr 0.01 --last-rank 2 --save-every 7"
-    run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 1, "--out", "a", *given.split())
-    first = dataclasses.asdict(randsac.load_model("a/checkpoint.pt")[1])
-    changed = {"init": "a/checkpoint.pt", "epochs": 2, "out": "b", "device": "cpu"}
-    run_here(*[word for name, value in changed.items() for word in (f"--{name}", value)])
-    saved, _, second = randsac.load_checkpoint("b/checkpoint.pt")
-    assert saved["step"] == 8 and not same_weights(Path("a"), Path("b"))
-    assert dataclasses.asdict(second) == first | changed
-
-
-def test_a_run_goes_on_where_images_are_decoded_a_little_differently(
-    flags, tmp_path, monkeypatch, at
-):
-    """As by another Pillow. Who they are is their names and sizes, not these bytes, nor times."""
-    at(5, send(signal.SIGTERM))
-    assert run_here(*flags, "--out", "run") == 128 + 15
-    decode = randsac.decode_image
-    monkeypatch.setattr(randsac, "decode_image", lambda *given: decode(*given) ^ 1)
-    data = flags[flags.index("--data-dir") + 1]
-    shutil.copytree(data, "moved", copy_function=shutil.copyfile)
-    shutil.rmtree("runs/cache")
-    assert run_here("--resume", "run", "--data-dir", "moved") == 0
-    assert saved_step(tmp_path / "run") == 20
-
-
-SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-SBATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-
-
-MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4"}
-
-
-@pytest.mark.parametrize("told, trains", [(SRUN, False), (MPIRUN, False), (SBATCH, True)])
-def test_tasks_of_srun_or_mpirun_do_not_train_side_by_side(flags, told, trains, monkeypatch, go):
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    code, text = go(*flags, "--max-steps", 1)
-    assert trains == (code == 0) == Path("runs").exists()
-    if not trains:
-        one_line(code, text, next(iter(told)), "torchrun")
-
-
 # --- disks, directories, memory, terminals
 
 
@@ -399,65 +348,45 @@ def no_file_beyond():
     limit()
 
 
-@pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
+@pytest.mark.parametrize("full, size", [("checkpoint.pt", 20_000), ("", 500)])
 def test_a_full_disk_keeps_the_last_good_checkpoint(
-    flags, undisturbed, no_file_beyond, full, at, go
+    flags, undisturbed, no_file_beyond, full, size, at, go
 ):
     """That of step 4, an epoch's end: where that of step 6 has no room, or its row of the log."""
     out = Path("run")
-    size = {"checkpoint.pt": 20_000, "metrics.jsonl": 500}[full]
     at(5, lambda: no_file_beyond(size))
-    one_line(*go(*flags, "--out", out), full if size == 20_000 else "")
+    one_line(*go(*flags, "--out", out), full)
     no_file_beyond()
     assert saved_step(out) == 4
-    assert {path.name for path in out.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "checkpoint.pt",
-    }
+    assert contents(out).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
     assert run_here("--resume", out) == 0
     lost_nothing(out, undisturbed)
 
 
-def test_a_place_that_cannot_be_written(flags, tmp_path, undisturbed):
+def test_a_place_that_cannot_be_written(flags, tmp_path, undisturbed, go):
+    """It can hold no run; it may hold images, as those of another user."""
     (tmp_path / "file").write_text("")
+    for out in ("file", "file/run", "/proc/run"):
+        one_line(*go(*flags, "--out", out), out)
+        one_line(*go(*flags, "--resume", out), out)
+
     place = tmp_path / "read only"
     shutil.copytree(undisturbed, place / "run")
+    data = shutil.copytree(flags[flags.index("--data-dir") + 1], place / "data")
     before = contents(place / "run")
     log = tmp_path / "log"
-    for out in (
-        tmp_path / "file",
-        tmp_path / "file/run",
-        "/proc/run",
-        place / "new",
-        place / "run",
-    ):
-        given = ["--resume", out] if out == place / "run" else [*flags, "--out", out]
-        one_line(*run(given, log, read_only, place), Path(out).name)
+    for given in ([*flags, "--out", place / "new"], ["--resume", place / "run"]):
+        one_line(*run(given, log, read_only, place), given[-1].name)
     assert contents(place / "run") == before
-
-
-def test_images_of_another_user_or_in_a_read_only_place(flags, tmp_path, undisturbed):
-    data = shutil.copytree(flags[flags.index("--data-dir") + 1], tmp_path / "disk/data")
-    flags = [*flags, "--data-dir", data, "--out", "run"]
-    code, text = run(flags, tmp_path / "log", read_only, tmp_path / "disk")
-    assert code == 0 and "runs/cache" in text, text
+    code, text = run([*flags, "--data-dir", data, "--out", "run"], log, read_only, place)
+    assert code == 0, text
     lost_nothing(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize(
-    "given, megabytes",
-    [
-        ("--dim 80000", 500),  # the model
-        ("--dataset shapes --image-size 1024 --patch-size 256 --hierarchy 4", 500),  # the images
-        ("--image-size 256 --hierarchy 4", 700),  # a step, with 16,384 tokens
-    ],
-)
-def test_out_of_the_cpus_memory_is_one_line(image_folder, tmp_path, given, megabytes):
-    flags = [*MICRO_FLAGS, *given.split()]
-    if "shapes" not in given:
-        flags += ["--data-dir", image_folder]
-    one_line(*run(flags, tmp_path / "log", little_memory, megabytes), "memory", "--batch-size")
+def test_out_of_the_cpus_memory_is_one_line(flags, tmp_path):
+    """In a step, with 16,384 tokens."""
+    given = [*flags, "--image-size", 256, "--hierarchy", 4]
+    one_line(*run(given, tmp_path / "log", little_memory, 700), "memory", "--batch-size")
 
 
 MEMORY = [
@@ -490,33 +419,6 @@ def test_what_a_compiler_says_is_one_line(flags, monkeypatch, go):
     monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=backend))
     one_line(*go(*flags, "--compile"), "no compiler here")
     torch.compiler.reset()
-
-
-def test_a_wrong_flag_is_one_line_and_leaves_nothing(tmp_path, go):
-    for given in (["--patch-size", 5], ["--lr", "fast"], ["--no-such-flag"]):
-        one_line(*go(*given), given[0])
-    one_line(*go("--resume=~nobody-of-this-name/run", "--lr", "fast"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_terminal_that_lacks_a_letter(flags, tmp_path):
-    data = shutil.copytree(flags[flags.index("--data-dir") + 1], tmp_path / "Böden")
-    given = [*flags, "--data-dir", data, "--max-steps", 1, "--out", "Läufe"]
-    code, text = run(given, tmp_path / "log", ascii_terminal)
-    assert code == 0 and "B\\xf6den" in text and "L\\xe4ufe" in text, text
-    one_line(*run(given, tmp_path / "log", ascii_terminal), "L\\xe4ufe")
-
-
-def test_a_log_file_can_be_read_while_the_run_goes_on(flags, tmp_path):
-    log = tmp_path / "log"
-    process = start([*flags, "--out", "run"], log, a_minute_in_a_step)
-    wait_for(tmp_path / "run/checkpoint.pt", process)
-    end = time.monotonic() + 30
-    while "20 steps" not in log.read_text() and time.monotonic() < end:
-        time.sleep(0.1)
-    process.kill()
-    process.join()
-    assert "72 images of 3 classes" in log.read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(flags, go):
@@ -580,20 +482,25 @@ def test_main_in_a_thread(flags, tmp_path, undisturbed):
     lost_nothing(tmp_path / "run", undisturbed)
 
 
-def test_streams_that_are_no_terminals(flags, monkeypatch):
-    """`%run randsac.py` in a notebook; a service without stdout; python -OO, without docstrings."""
-    stream = io.StringIO()  # which takes text and can do little else
+@pytest.mark.parametrize("out", ["run", "L\\xe4ufe"])
+def test_streams_that_are_no_terminals(flags, monkeypatch, out):
+    """`%run randsac.py` in a notebook, whose stream can do little; a terminal that lacks a letter;
+    a service without stdout; python -OO, without docstrings."""
+    stream = io.StringIO() if out == "run" else io.TextIOWrapper(io.BytesIO(), "ascii")
+    name = out.replace("\\xe4", "ä")
     monkeypatch.setattr(randsac, "__doc__", None)
-    monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, flags), "--out", "run"])
+    monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, flags), "--out", name])
     for code in (0, 2):  # now its name is taken
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "stdout", stream)
             patch.setattr(sys, "stderr", stream)
             randsac.run_command(randsac.main)
         assert ended.value.code == code
-    assert "trained" in stream.getvalue() and "error: " in stream.getvalue()
+    stream.seek(0)
+    text = stream.read()
+    assert "trained" in text and f"error: {out} is in use" in text, text
     monkeypatch.setattr(sys, "stdout", None)
-    assert run_here(*flags, "--out", "other") == 0
+    assert run_here("--resume", name) == 0
 
 
 # --- what is printed can be pasted
@@ -608,7 +515,10 @@ def pasted(text, before, after="\n"):
     ).stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ["my run's ü", "~", "-x", "a$(touch oops) `b`;#&", "star * [1]"])
+NAME = "my run's ü * [1] $(touch oops) `b`;#&"
+
+
+@pytest.mark.parametrize("name", ["~", "-x", NAME])
 def test_the_line_after_a_stop_can_be_pasted(flags, tmp_path, name, at, go):
     at(1, send(signal.SIGTERM))
     code, text = go(*flags, "--epochs", 1, f"--out=./{name}")
@@ -620,34 +530,22 @@ def test_the_line_after_a_stop_can_be_pasted(flags, tmp_path, name, at, go):
     assert not (tmp_path / "oops").exists()
 
 
-@pytest.mark.parametrize("labels", [True, False])
-def test_the_lines_after_a_training_can_be_pasted(flags, tmp_path, labels, go, monkeypatch):
-    """Probing needs classes and test images: where there are none, it is not advised."""
-    data = shutil.copytree(flags[flags.index("--data-dir") + 1], tmp_path / "my images")
-    if not labels:
-        for name in ("test", "train/bee", "train/cat"):
-            shutil.rmtree(data / name)
-    _, text = go(*flags, "--data-dir", data, "--epochs", 1, "--out", "my run")
-    assert ("probe.py" in text) == labels
-    printed = [pasted(text, "Next: ")]
-    if labels:
-        printed.append(pasted(text, "and: "))
-    for words in printed:
+def test_the_lines_of_a_run_that_is_done_can_be_pasted(flags, undisturbed, go, monkeypatch):
+    """Also that for somebody who would take its name."""
+    run = Path(shutil.copytree(undisturbed, NAME))
+    before = contents(run)
+    code, text = go(*flags, "--out", NAME)
+    one_line(code, text)
+    assert contents(run) == before
+    code, text = go(*pasted(text, "go on by ", ", or")[1:])
+    assert code == 0
+    for words in (pasted(text, "Next: "), pasted(text, "and: ")):
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(words[0], run_name="__main__")
         assert ended.value.code in (None, 0), words
     assert len(list(Path("figures").iterdir())) > 5
-    assert Path("my run/probes.jsonl").exists() == labels
-
-
-def test_the_line_for_a_name_that_is_taken_can_be_pasted(flags, undisturbed, go):
-    shutil.copytree(undisturbed, "my run")
-    before = contents(Path("my run"))
-    code, text = go(*flags, "--out", "my run")
-    one_line(code, text, "--resume")
-    assert contents(Path("my run")) == before
-    assert run_here(*pasted(text, "go on by ", ", or")[1:]) == 0
+    assert (run / "probes.jsonl").exists()
 
 
 def test_the_line_for_a_model_alone_can_be_pasted(image_folder, go):
@@ -677,11 +575,8 @@ def test_a_home_directory_is_understood(image_folder, tmp_path, monkeypatch):
 
 
 def refused(path, *words):
-    with pytest.raises(randsac.UserError) as error:
-        randsac.load_model(path)
-    message = str(error.value)
-    assert "\n" not in message and str(path) in message, message
-    assert all(word in message for word in words), message
+    said = refusal(randsac.load_model, path)
+    assert str(path) in said and all(word in said for word in words), said
 
 
 def test_a_checkpoint_cut_short_anywhere_is_refused(undisturbed):
@@ -727,7 +622,7 @@ def test_a_file_that_would_run_code_does_not():
     assert Path("it ran").exists()  # the payload works where it is let
 
 
-def test_other_files_are_refused_by_name(undisturbed, tmp_path, go, flags):
+def test_other_files_are_refused_by_name(undisturbed, tmp_path):
     Path("text.pt").write_text("hello")
     refused("text.pt")
     refused("missing.pt", "No such file")
@@ -745,12 +640,12 @@ def test_other_files_are_refused_by_name(undisturbed, tmp_path, go, flags):
     for change, word in changes:
         torch.save(saved | change, "other.pt")
         refused("other.pt", word)
-    for content in ([1, 2], {}, {"config": {}}, {"model": {}}):
+    for content in ([1, 2], {"config": {}}, {"model": {}}):
         torch.save(content, "other.pt")
         refused("other.pt")
-    one_line(*go("--resume", undisturbed / "checkpoint.pt", *flags), "checkpoint.pt")
 
-    # Nor is anything touched of a run whose checkpoint is damaged.
+
+def test_nothing_is_touched_of_a_run_whose_checkpoint_is_damaged(undisturbed, go):
     shutil.copytree(undisturbed, "run")
     os.truncate("run/checkpoint.pt", 20_000)
     before = contents(Path("run"))
