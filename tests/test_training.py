@@ -87,12 +87,9 @@ def test_what_is_wrong_is_refused_by_its_flag_and_leaves_nothing(given, tmp_path
 
 def test_flags_given_take_the_place_of_a_trained_models():
     cut = {"hierarchy": (4,), "order": "raster", "last_rank": 2}
-    trained = micro(dataset="folder", data_dir="x", lr=0.3, out="a", init="b", **cut)
-    same = randsac.with_flags(trained, {})
-    assert same == dataclasses.replace(trained, out="", init="", device="auto")
-    blob = randsac.with_flags(trained, {"segments": "blob", "lr": 0.5})
-    changed = {"segments": "blob", "hierarchy": (11, 5), "order": "random", "last_rank": 0}
-    assert blob == dataclasses.replace(same, lr=0.5, **changed)
+    trained = micro(dataset="folder", data_dir="x", **cut)
+    blob = randsac.with_flags(trained, {"segments": "blob"})
+    assert (blob.hierarchy, blob.order, blob.last_rank) == ((11, 5), "random", 0)
     assert randsac.with_flags(trained, {"dataset": "cifar10"}).data_dir == "data"
     others = {"dim": 32, "depth": 3, "heads": 4, "decoder_depth": 1, "patch_size": 2, "skip": False}
     for name, value in others.items():
@@ -387,8 +384,6 @@ def test_resuming_after_every_step_gives_the_same_run(
             assert run_here("--resume", parts) == 128 + signal.SIGTERM
     log = rows(parts)
     assert [row["step"] for row in log] == list(range(1, 7))
-    assert run_here("--resume", parts) == 0  # nothing is left to do
-    assert rows(parts) == log
     for row in rows(whole):
         assert row["held_out_loss"] == log[row["step"] - 1]["held_out_loss"]
     saved = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, parts)]
