@@ -5,7 +5,6 @@ import contextlib
 import functools
 import hashlib
 import http.server
-import io
 import itertools
 import os
 import pickle
@@ -25,7 +24,7 @@ import torchvision
 import tqdm
 from conftest import MICRO_FLAGS, ROOT, micro, random_model, run_here
 from PIL import Image
-from test_training import names, refusal
+from test_training import random_batch, refusal
 
 import randsac
 
@@ -180,7 +179,7 @@ def test_before_training_lines_say_what_was_found_and_what_is_about_to_happen(tm
 def test_a_batch_larger_than_the_data_names_the_largest(image_folder):
     flags = [*MICRO_FLAGS, "--data-dir", image_folder, "--max-steps", 1, "--batch-size"]
     said = refusal(run_here, *flags, 73)
-    assert names("--batch-size", said) and "73" in said and "72" in said
+    assert "--batch-size 73 " in said and "72" in said
     assert run_here(*flags, 72) == 0
 
 
@@ -277,10 +276,11 @@ def test_transparency_rotation_and_any_size_are_respected(tmp_path):
     assert row.tolist() == [0] * 4 + [255] * 4
 
 
-# Colour with 16 bits a channel, without and with alpha, which Pillow reads but does not write.
-PNG_16 = "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAEE"
-PNG_16_COLOUR = "AIAAAB2A9VqAAAAEElEQVR42mNg1MEOGagnAQCiSwhxErV2PgAAAABJRU5ErkJggg=="
-PNG_16_ALPHA = "AYAAAD5YUI9AAAAEElEQVR42mNg1MEPGWivAADhwgtBncWZtAAAAABJRU5ErkJggg=="
+# Colour with 16 bits a channel, which Pillow reads but does not write.
+PNG_16 = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAEEAIAAAB2A9VqAAAAEElEQVR42mNg1MEOGagnAQCiSwhxErV2PgAAAABJRU5"
+)
+PNG_16 += "ErkJggg=="
 
 
 def test_more_than_8_bits_are_refused_by_name(tmp_path):
@@ -289,11 +289,10 @@ def test_more_than_8_bits_are_refused_by_name(tmp_path):
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(place / "float of 0..1.tiff")
     Image.fromarray(np.full((8, 8), 2048, np.uint16)).save(place / "12 bits in 16.png")
     (place / "grey.pgm").write_bytes(b"P5 4 4 65535\n" + b"\x80\xff" * 16)
-    (place / "colour.png").write_bytes(base64.b64decode(PNG_16 + PNG_16_COLOUR))
-    (place / "alpha.png").write_bytes(base64.b64decode(PNG_16 + PNG_16_ALPHA))
+    (place / "colour.png").write_bytes(base64.b64decode(PNG_16))
     message = refused(tmp_path)
     assert all(str(path) in message for path in place.iterdir())
-    assert message.count("8 bits") == 5 and "convert" in message
+    assert message.count("8 bits") == 4 and "convert" in message
 
 
 # --- decoding
@@ -371,23 +370,21 @@ def test_a_log_file_is_not_flooded_by_bars(image_folder, capsys, monkeypatch):
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """A small archive in CIFAR-10's form on a loopback server -> its path."""
-    rng = np.random.default_rng(0)
+    place = tmp_path / "served/cifar-10-batches-py"
+    place.mkdir(parents=True)
+    meta = {"label_names": [f"class {i}" for i in range(10)]}
+    (place / "batches.meta").write_bytes(pickle.dumps(meta))
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    parts = {"batches.meta": pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})}
     for i, name in enumerate(names):
-        data = rng.integers(0, 255, (4, 3072)).astype(np.uint8)
-        parts[name] = pickle.dumps({"data": data, "labels": [0, 1, 2, i]})
-    archive = tmp_path / "served/cifar-10-python.tar.gz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as file:
-        for name, content in parts.items():
-            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            entry.size = len(content)
-            file.addfile(entry, io.BytesIO(content))
+        data = np.random.default_rng(i).integers(0, 255, (4, 3072)).astype(np.uint8)
+        (place / name).write_bytes(pickle.dumps({"data": data, "labels": [0, 1, 2, i]}))
+    known = torchvision.datasets.CIFAR10
+    archive = place.parent / known.filename
+    stem = str(archive).removesuffix(".tar.gz")
+    shutil.make_archive(stem, "gztar", place.parent, place.name)
 
     handler = http.server.SimpleHTTPRequestHandler
     handler = functools.partial(handler, directory=archive.parent)
-    known = torchvision.datasets.CIFAR10
     monkeypatch.setattr(known, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(known, "train_list", [[name, None] for name in names[:-1]])
     monkeypatch.setattr(known, "test_list", [["test_batch", None]])
@@ -407,48 +404,45 @@ def test_download(cifar, tmp_path):
     images, labels, names = cifar_images(tmp_path / "data")
     assert images.shape == (20, 3, 32, 32) and images.dtype == torch.uint8
     assert names == [f"class {i}" for i in range(10)]
-    with tarfile.open(cifar) as archive:
-        first = pickle.load(archive.extractfile("cifar-10-batches-py/data_batch_1"))["data"]
-    assert np.array_equal(images[:4].numpy().reshape(4, -1), first)
+    first = pickle.loads((cifar.parent / "cifar-10-batches-py/data_batch_1").read_bytes())
+    assert np.array_equal(images[:4].numpy().reshape(4, -1), first["data"])
     assert labels[:4].tolist() == [0, 1, 2, 0]
     cifar.unlink()  # nothing more is fetched
     assert len(cifar_images(tmp_path / "data", train=False)[0]) == 4
 
 
-def test_an_archive_put_there_by_hand_is_taken_and_kept(cifar, tmp_path, monkeypatch):
-    def no_room(*_, **given):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "data").mkdir()
-    own = cifar.rename(tmp_path / "data" / cifar.name)
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "extractall", no_room)
-        assert "No space left" in refusal(cifar_images, tmp_path / "data")
-    assert own.exists()
-    assert len(cifar_images(tmp_path / "data")[0]) == 20
-
-
 def test_a_failed_download_says_both_ways_on_and_stands_in_no_later_ones_way(
     cifar, tmp_path, monkeypatch
 ):
-    def check_refusal(place):
+    data = tmp_path / "data"
+    whole = cifar.read_bytes()
+
+    def check_refusal(place=data):
         said = refusal(cifar_images, place)
         assert all(word in said for word in (cifar.name, "--dataset shapes", str(place))), said
         assert not (place / "cifar-10-batches-py").exists()
 
-    whole = cifar.read_bytes()
+    def no_room(*_, **given):
+        raise OSError(28, "No space left on device")
+
     for content in (whole[: len(whole) // 2], whole[:-1] + b"x", b"<html>Please log in</html>"):
         cifar.write_bytes(content)
-        check_refusal(tmp_path / "data")
-    cifar.unlink()
-    check_refusal(tmp_path / "data")
+        check_refusal()
+    cifar.rename(data / "elsewhere")
+    check_refusal()
     with monkeypatch.context() as patch:
         patch.setattr(torchvision.datasets.CIFAR10, "url", f"http://127.0.0.1:9/{cifar.name}")
-        check_refusal(tmp_path / "data")
+        check_refusal()
     (tmp_path / "file").write_text("")
     check_refusal(tmp_path / "file")
     cifar.write_bytes(whole)
-    assert len(cifar_images(tmp_path / "data")[0]) == 20
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", no_room)
+        check_refusal()
+
+    # The archive is there now, as one that was put there by hand. It is taken and kept.
+    cifar.unlink()
+    assert len(cifar_images(data)[0]) == 20 and (data / cifar.name).exists()
 
 
 # --- crops, held-out images
@@ -491,7 +485,7 @@ def test_normalize_is_from_minus_one_to_one_and_grey_stays_grey(tmp_path):
 def test_the_held_out_loss_is_that_of_one_batch_and_takes_a_share_at_a_time():
     """No more images at once than a process has of a batch; the number does not depend on it."""
     model = random_model(micro(segments="blob", hierarchy=(5, 2))).float().eval()
-    images = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8)
+    images = random_batch(30)
     sizes = []
     model.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
     losses = []

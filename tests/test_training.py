@@ -21,9 +21,6 @@ from conftest import MICRO_FLAGS, ROOT, forks, micro, run_here
 
 import randsac
 
-STRATEGIES = ["patch", "square", "blob", "scatter", "mae"]
-every_strategy = pytest.mark.parametrize("segments", STRATEGIES)
-
 
 def refusal(act, *arguments, **settings):
     """The line with which this is refused."""
@@ -141,7 +138,7 @@ class Recorder(torch.nn.Module):
         return self.slope * self.weight.sum()
 
 
-@every_strategy
+@pytest.mark.parametrize("segments", ["patch", "square", "blob", "scatter", "mae"])
 def test_crops_and_orders_are_fresh_and_drawn_for_all_processes_at_once(segments):
     batch = random_batch(16)
 
@@ -353,15 +350,9 @@ def test_held_out_images_are_of_every_class(n, by_class, monkeypatch):
 # --- going on: --resume
 
 
-def interrupt_each_step(monkeypatch):
-    """From now on a signal comes in each training step."""
-    step = randsac.training_step
-
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(randsac, "training_step", interrupted)
+def stop_at_once():
+    """In place of stop_signals: a signal has come in the first step."""
+    return contextlib.nullcontext([signal.SIGTERM])
 
 
 RESUMED = [("patch", "auto"), ("square", "bfloat16"), ("blob", "auto"), ("mae", "float16")]
@@ -378,7 +369,7 @@ def test_resuming_after_every_step_gives_the_same_run(
     flags = flags_of(image_folder, segments=segments, precision=precision)
     run_here(*flags, "--out", whole)
     with monkeypatch.context() as patched:
-        interrupt_each_step(patched)
+        patched.setattr(randsac, "stop_signals", stop_at_once)
         assert run_here(*flags, "--out", parts) == 128 + signal.SIGTERM
         for _ in range(5):
             assert run_here("--resume", parts) == 128 + signal.SIGTERM
@@ -426,11 +417,9 @@ def test_a_run_and_its_images_may_move_but_not_be_others(
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("bad", [b'{"step": 3}\n{"step": 9}\n\xff\0{"st', None])
-def test_a_resumed_run_writes_its_log_anew(finished, tmp_path, bad):
+def test_a_resumed_run_writes_its_log_anew(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
-    path = out / "metrics.jsonl"
-    path.unlink() if bad is None else path.write_bytes(bad)
+    (out / "metrics.jsonl").write_bytes(b'{"step": 3}\n{"step": 9}\n\xff\0{"st')
     assert run_here("--resume", out) == 0
     assert rows(out) == rows(finished)
 
@@ -442,7 +431,7 @@ def test_init_begins_with_weights_and_settings_alone(finished, tmp_path, monkeyp
     flags = ["--init", start, "--epochs", 2, "--device", "cpu", "--out"]
     assert run_here(*flags, tmp_path / "whole") == 0
     with monkeypatch.context() as patched:
-        interrupt_each_step(patched)
+        patched.setattr(randsac, "stop_signals", stop_at_once)
         assert run_here(*flags, tmp_path / "parts") == 128 + signal.SIGTERM
     _, begun, settings = randsac.load_checkpoint(tmp_path / "parts/checkpoint.pt")
     changed = {"init": str(start), "epochs": 2, "out": str(tmp_path / "parts")}
@@ -470,38 +459,26 @@ def free_port():
 
 
 def member(process, world, cwd, commands, ports, stop):
-    """One of the processes that torchrun starts, forked here as an import of torch takes seconds.
-    In the last of them a signal comes in step `stop` of the last command."""
+    """One of the processes that torchrun starts, forked here as an import of torch takes seconds
+    -> exit code of the last command, in which the last process may get a signal."""
     os.chdir(cwd)
     torch.set_num_threads(1)
     os.environ |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
     os.environ |= {"RANK": str(process), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
-    step = randsac.training_step
-
-    def stopping(*given):
-        if given[5] == stop and words is commands[-1] and process == world - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*given)
-
-    randsac.training_step = stopping
     for words, port in zip(commands, ports):
         os.environ["MASTER_PORT"] = port
+        if stop and words is commands[-1] and process == world - 1:
+            randsac.stop_signals = stop_at_once
         code = run_here(*words)
-    sys.exit(code)
+    return code
 
 
-def train_on(world, commands, stop=None):
+def train_on(world, commands, stop=False):
     """Runs each of these commands on `world` processes -> exit codes of the last."""
     rest = (world, os.getcwd(), commands, [free_port() for _ in commands], stop)
-    group = [forks.Process(target=member, args=(process, *rest)) for process in range(world)]
-    for one in group:
-        one.start()
-    for one in group:
-        one.join(300)
-    codes = [one.exitcode for one in group]
-    for one in group:
-        one.kill()
-    return codes
+    with forks.Pool(world) as pool:
+        jobs = [(process, *rest) for process in range(world)]
+        return pool.starmap_async(member, jobs, chunksize=1).get(300)
 
 
 def assert_same_log(one, other):
@@ -528,8 +505,8 @@ def test_a_training_is_the_same_on_any_number_of_processes(tmp_path, image_folde
     mixed = ["--resume", tmp_path / "blob-mixed"]
     stopped = [128 + signal.SIGTERM]
     on_two = [command(name, "2") for name in ("square", "blob")] + [command("blob", "mixed")]
-    assert train_on(2, on_two, stop=1) == stopped * 2
-    assert train_on(1, [mixed], stop=3) == stopped
+    assert train_on(2, on_two, stop=True) == stopped * 2
+    assert train_on(1, [mixed], stop=True) == stopped
     assert train_on(4, [command("square", "4"), command("blob", "4"), mixed]) == [0] * 4
 
     moved = (vector(tmp_path / "blob-1") - vector(tmp_path / "blob-begins")).norm()
