@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MICRO_FLAGS, ROOT, forks, micro, random_model, run_here
-from test_training import contents, random_batch, refusal, rows, same_weights
+from test_training import contents, random_batch, refusal, rows, weights
 
 import randsac
 
@@ -60,7 +60,7 @@ def saved_step(out):
 def lost_nothing(out, undisturbed):
     """A run that has come to its end is as one that was never disturbed, but for rows of the log
     that it has more."""
-    assert same_weights(out, undisturbed)
+    assert torch.equal(weights(out), weights(undisturbed))
     log = {row["step"]: row for row in rows(out)}
     assert list(log) == [row["step"] for row in rows(out)] == sorted(log)
     for row in rows(undisturbed):
@@ -280,10 +280,10 @@ def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, at, go):
     at(5, send(signal.SIGTERM))
     assert go(*command)[0] == 128 + 15
     assert go(*command)[0] == 0
-    lost_nothing(tmp_path / "runs/a", undisturbed)
     log = rows(tmp_path / "runs/a")
     assert go(*command)[0] == 0
-    assert rows(tmp_path / "runs/a") == log and same_weights(tmp_path / "runs/a", undisturbed)
+    assert rows(tmp_path / "runs/a") == log
+    lost_nothing(tmp_path / "runs/a", undisturbed)
 
     # A name that was mistyped is not begun, nor is anything begun where something else lies.
     one_line(*go("--resume", "runs/b"), "runs/b")
@@ -625,27 +625,20 @@ POOLS = {
     "batch_size": [1, 4, 0, None],
     "warmup": [0.0, 0.5, 1.5],
     "crop_scale": [0.01, 1.0, 0.0, 2.0],
-    "seed": [0, 2**29, -1],
-    "weight_decay": [0.0, -0.1, 1],
-    "epochs": [1, None, 0],
     "model": ["nano", None, "mega"],
-    "dataset": ["shapes", "folder", "what"],
-    "data_dir": [None, "", "/x"],
     "precision": ["auto", "float32", "bfloat16", "float16", "int8"],
 }
-LIKELY = {"image_size": 8, "patch_size": 2, "dim": 8, "heads": 2, "depth": 1}
-LIKELY |= {"decoder_depth": 1, "batch_size": 4}
 
 
 def try_configuration(rng):
     """One random configuration: trains a step with a finite loss (True) or is refused with a
     UserError (False)."""
-    settings = dict(LIKELY)
+    settings = {"image_size": 8, "patch_size": 2, "batch_size": 4}
     for name in rng.choice(list(POOLS), rng.integers(1, 6), replace=False):
         pool = POOLS[str(name)]
         settings[str(name)] = pool[rng.integers(len(pool))]
     try:
-        config = randsac.Config(**settings)
+        config = micro(**settings)
     except randsac.UserError as error:
         assert "\n" not in str(error) and "--" in str(error), settings
         return False
