@@ -52,9 +52,6 @@ def decoded():
     return {path: path.stat().st_mtime_ns for path in Path("runs/cache").glob("*")}
 
 
-# --- shapes
-
-
 def test_shapes_are_the_same_every_time_evenly_split_and_others_in_the_test_set():
     config = micro(image_size=8, patch_size=2)
     images, labels, names = randsac.load_images(config, train=True)
@@ -108,7 +105,8 @@ def test_a_folder_gives_labels_by_class_and_is_decoded_once(image_folder):
 
     # They may be larger than memory: Linux maps such a file only where nobody may write to it.
     maps = Path("/proc/self/maps").read_text().splitlines()
-    assert {line.split()[1][:3] for line in maps if str(Path.cwd()) in line} == {"r--"}
+    mine = [line.split()[1] for line in maps if str(Path.cwd()) in line]
+    assert mine and set(mine) <= {"r--s", "r--p"}
 
     # The user's own folder is as it was. What was decoded is used again, if files were moved too.
     files = decoded()
@@ -216,8 +214,7 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path):
     (tmp_path / "empty/train/ant").mkdir(parents=True)
     for name in ["upper", "high", "low", "flat", "tests", "empty", "file", "gone", "nowhere"]:
         message = refused(tmp_path / name)
-        words = (str(tmp_path / name), "train/CLASS/", "--data-dir")
-        assert all(word in message for word in words), message
+        assert message.startswith(f"{tmp_path / name} has no image in train/CLASS/"), message
     plant(tmp_path / "more", *GOOD, "test/wasp/7.png")
     assert "'wasp'" in refused(tmp_path / "more")
 
@@ -452,7 +449,8 @@ def test_a_crop_is_a_box_of_the_stated_area_and_half_are_flipped():
     assert torch.equal(crops, drawn(0.25))
     (width, x_of_y, x), (y_of_x, height, y) = crops.permute(1, 2, 0)
     area = width.abs() * height
-    assert area.min() > 0.2 and area.max() <= 1.001 and abs(area.mean() - 0.6) < 0.03
+    assert area.min() > 0.2 and area.max() <= 1.001
+    assert 0.57 < area.mean() < 0.63
     assert (height > 0).all() and not x_of_y.any() and not y_of_x.any()
     assert 0.45 < (width < 0).float().mean() < 0.55
     assert 0.8 < (width.abs() / height).log().exp().mean() < 1.2
@@ -466,11 +464,11 @@ def test_a_crop_is_a_box_of_the_stated_area_and_half_are_flipped():
 
 
 def test_normalize_is_from_minus_one_to_one_in_every_channel():
-    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 4, 4)
-    expected = torch.tensor([-1, 1, -0.6]).view(3, 1, 1, 1)
-    for size in (4, 2):
-        found = randsac.normalize(images, size)
-        torch.testing.assert_close(found, expected.expand(3, 3, size, size))
+    for value, expected in ((0, -1.0), (255, 1.0), (51, -0.6)):
+        image = torch.full((1, 3, 4, 4), value, dtype=torch.uint8)
+        for size in (4, 2):
+            found = randsac.normalize(image, size)
+            torch.testing.assert_close(found, torch.full((1, 3, size, size), expected))
 
 
 def test_the_held_out_loss_is_that_of_one_batch_and_takes_a_share_at_a_time():

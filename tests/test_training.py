@@ -51,13 +51,6 @@ def test_defaults_are_filled_by_dataset_model_and_strategy():
     assert randsac.Config(patch_size=1).target == "pixels"
 
 
-def test_every_field_is_a_flag_with_help():
-    text = randsac.make_parser("").format_help()
-    for field in dataclasses.fields(randsac.Config):
-        assert names(randsac.flag_name(field.name), text)
-        assert field.metadata["help"]
-
-
 # Each of these is refused by the name of its last flag. None may be shortened; '' is what
 # "$CHECKPOINT" can be.
 REFUSED = """
@@ -191,7 +184,8 @@ def test_the_learning_rate_rises_then_falls_and_steps_follow_it():
     config = micro(lr=1e-3, batch_size=512, warmup=0.1)
     rates = [randsac.learning_rate(t, 100, config) for t in range(100)]
     assert max(rates) == rates[10] == pytest.approx(2e-3)  # per 256 images, 512 in the batch
-    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[:9:-1] == sorted(rates[10:])
     assert 0 < rates[0] < 2.5e-4 and 0 < rates[-1] < 1e-5
 
     model = randsac.RandSAC(config)
@@ -219,7 +213,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_loss_of_its_step():
     assert not one_step(model, random_batch(4), 1).isfinite()
 
 
-# --- a run
+# --- a run, and going on with it by --resume
 
 
 def flags_of(image_folder, **settings):
@@ -241,6 +235,11 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps(run):
+    """Those that its log has a row of."""
+    return [row["step"] for row in rows(run)]
+
+
 def contents(run):
     return {path.name: path.read_bytes() for path in run.iterdir()}
 
@@ -251,8 +250,9 @@ def test_a_run_learns_and_leaves_config_metrics_and_checkpoint(tmp_path, image_f
 
     # A row at the end of each epoch of 3 steps, and every 10 steps.
     log = rows(out)
-    assert [row["step"] for row in log] == sorted({*range(3, 61, 3), *range(10, 61, 10)})
-    assert all({"step", "epoch", "loss", "lr", "images_per_s"} <= row.keys() for row in log)
+    assert steps(out) == sorted({*range(3, 61, 3), *range(10, 61, 10)})
+    for row in log:
+        assert {"step", "epoch", "loss", "lr", "images_per_s"} <= row.keys()
     held_out = [row for row in log if "held_out_loss" in row]
     assert [row["epoch"] for row in held_out] == list(range(1, 21))
     assert held_out[-1]["held_out_loss"] < 0.95 * held_out[0]["held_out_loss"]
@@ -266,16 +266,16 @@ def test_a_run_learns_and_leaves_config_metrics_and_checkpoint(tmp_path, image_f
 
 
 def shown_images(monkeypatch, count, *flags):
-    """Trains on `count` images, each of one number, with the loss 1, 4, 9, ... -> the numbers that
-    each step was shown, a list of lists."""
-    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    """Trains on the images 0, 1, ... `count` - 1 with the loss 1, 4, 9, ... -> what each step was
+    shown, a list of lists."""
+    images = torch.arange(count)
     shown = []
 
     def load(config, train):
         return images if train else images[:0], None, ["a"]
 
     def step(model, optimizer, scaler, batch, *rest):
-        shown.append(batch[:, 0, 0, 0].tolist())
+        shown.append(batch.tolist())
         return torch.tensor(float(len(shown) ** 2))
 
     monkeypatch.setattr(randsac, "load_images", load)
@@ -288,13 +288,13 @@ def test_every_epoch_shows_the_images_once_in_an_order_of_its_own(tmp_path, monk
     """But for those that do not fill a batch, which are others each time."""
     flags = ["--epochs", 9, "--max-steps", 34]  # a run ends earlier, and never later
     shown = shown_images(monkeypatch, 72, *flags, "--out", tmp_path / "a")
-    assert len(shown) == 34 and all(len(batch) == 16 for batch in shown)
-    epochs = [[*itertools.chain(*shown[i : i + 4])] for i in range(0, 32, 4)]
-    assert all(len(set(epoch)) == 64 for epoch in epochs)
-    assert set(itertools.chain(*epochs)) == set(range(72))
+    assert len(shown) == 34
+    epochs = torch.tensor(shown[:32]).view(8, 64)  # 4 batches of 16 images each
+    assert all(len(epoch.unique()) == 64 for epoch in epochs)
+    assert len(epochs.unique()) == 72
     # In two random orders of 72 images some 1 is at the same place.
-    for one, two in itertools.combinations([range(72), *epochs], 2):
-        assert sum(a == b for a, b in zip(one, two)) < 12
+    for one, two in itertools.combinations([torch.arange(64), *epochs], 2):
+        assert (one == two).sum() < 12
     flags = ["--seed", 1, "--max-steps", 99, "--out", tmp_path / "b"]
     other = shown_images(monkeypatch, 72, *flags)
     assert len(other) == 3 * 4 and other[0] != shown[0]
@@ -308,32 +308,25 @@ def test_a_row_has_the_mean_loss_since_the_row_before(tmp_path, monkeypatch, cap
         assert row["loss"] == pytest.approx(expected)
         begin = row["step"]
     # Ends of an epoch, every tenth step, and those that are saved.
-    assert [row["step"] for row in rows(tmp_path / "run")] == [4, 7, 8, 10, 12, 14, 16]
+    assert steps(tmp_path / "run") == [4, 7, 8, 10, 12, 14, 16]
     assert "probe.py" not in capsys.readouterr().out  # as there is but one class
 
 
-# As those of shapes; as those of a folder.
-HELD_OUT = [(n, False) for n in (0, 7, 3999, 4000)] + [(n, True) for n in (2000, 4000, 10_000)]
-
-
-@pytest.mark.parametrize("n, by_class", HELD_OUT)
+@pytest.mark.parametrize("n", [0, 7, 3999, 4000, 22_000])
+@pytest.mark.parametrize("by_class", [False, True])  # as those of shapes; as those of a folder
 def test_held_out_images_are_of_every_class(n, by_class, monkeypatch):
-    labels = torch.arange(n) % 10
+    images = torch.arange(n) % 10  # each is its class
     if by_class:
-        labels = labels.sort().values
-    images = labels.byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+        images = images.sort().values
 
     def load(config, train):
-        return random_batch(4) if train else images, labels, list("abcdefghij")
+        return torch.arange(99) if train else images, None, list("abcdefghij")
 
     monkeypatch.setattr(randsac, "load_images", load)
     _, chosen, _, can_probe = randsac.load_training_images(micro(batch_size=4))
-    assert chosen[:, 0, 0, 0].unique().tolist() == list(range(min(n, 10)))
+    assert chosen.unique().tolist() == list(range(min(n, 10)))
     assert min(n, randsac.HELD_OUT / 2) <= len(chosen) < 2 * randsac.HELD_OUT
     assert can_probe == (n > 0)
-
-
-# --- going on: --resume
 
 
 def stop_at_once():
@@ -360,7 +353,7 @@ def test_resuming_after_every_step_gives_the_same_run(
         for _ in range(5):
             assert run_here("--resume", parts) == 128 + signal.SIGTERM
     log = rows(parts)
-    assert [row["step"] for row in log] == list(range(1, 7))
+    assert steps(parts) == [1, 2, 3, 4, 5, 6]
     for row in rows(whole):
         assert row["held_out_loss"] == log[row["step"] - 1]["held_out_loss"]
     saved = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, parts)]
@@ -399,13 +392,6 @@ def test_a_run_and_its_images_may_move(finished, image_folder, tmp_path, monkeyp
     (data / "train/ant/other.png").unlink()
     assert "images" in refusal(run_here, "--resume", out)
     assert contents(out) == before
-
-
-def test_a_resumed_run_writes_its_log_anew(finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "run")
-    (out / "metrics.jsonl").write_bytes(b'{"step": 3}\n{"step": 9}\n\xff\0{"st')
-    assert run_here("--resume", out) == 0
-    assert rows(out) == rows(finished)
 
 
 def test_init_begins_with_weights_and_settings_alone(finished, tmp_path, monkeypatch):
@@ -510,23 +496,24 @@ def test_torchrun_starts_it(tmp_path, image_folder):
     assert_same_log(tmp_path / "one", tmp_path / "two")
 
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "5"}
+TORCHRUN = "TORCHELASTIC_RUN_ID=x RANK=0 WORLD_SIZE=5 "
 LAUNCHED = [  # what a process is told, and what the line names with which it is refused
-    ({"WORLD_SIZE": "5"}, "WORLD_SIZE"),
-    ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE"),
-    ({"PMI_SIZE": "4"}, "PMI_SIZE"),
-    ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
-    (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+    ("WORLD_SIZE=5", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_SIZE=4", "PMI_SIZE"),
+    ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS"),
+    (TORCHRUN + "SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS"),
     # Where one task is started on each machine, only the next fault is named.
-    (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "2"}, "--batch-size"),
-    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "--data-dir"),
+    (TORCHRUN + "SLURM_STEP_NUM_TASKS=2 GROUP_WORLD_SIZE=2", "--batch-size"),
+    ("SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS=2 SLURM_PROCID=0", "--data-dir"),
 ]
 
 
 @pytest.mark.parametrize("told, word", LAUNCHED)
 def test_processes_that_do_not_fit_are_refused(told, word, tmp_path, monkeypatch):
     """As many trainings side by side as there are tasks; processes that do not share a batch."""
-    for name, value in told.items():
+    for words in told.split():
+        name, value = words.split("=")
         monkeypatch.setenv(name, value)
     said = refusal(run_here, *flags_of("images", out=tmp_path / "run"))
     assert names(word, said) and ("torchrun" in said) == (word in told)
