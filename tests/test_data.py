@@ -376,8 +376,7 @@ def cifar(tmp_path, monkeypatch):
     stem = str(archive).removesuffix(".tar.gz")
     shutil.make_archive(stem, "gztar", place.parent, place.name)
 
-    handler = http.server.SimpleHTTPRequestHandler
-    handler = functools.partial(handler, directory=archive.parent)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
     monkeypatch.setattr(known, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(known, "train_list", [[name, None] for name in names[:-1]])
     monkeypatch.setattr(known, "test_list", [["test_batch", None]])
