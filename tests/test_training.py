@@ -61,7 +61,7 @@ REFUSED = """
 --segments patch --hierarchy 16; --segments mae --hierarchy 4; --segments blob --hierarchy 65
 --segments blob --hierarchy 5 11; --segments mae --order raster; --segments mae --last-rank 1
 --last-rank 15; --last-rank -1; --segments patch --last-rank 63; --hierarchy 4 --last-rank 3
---out ''; --init ''; --data-dir ''; --resume ''; --resume; --resume=~nobody/run --lr x
+--out ''; --init ''; --data-dir ''; --resume ''; --resume; --resume=~no-one/run --lr 0
 """
 
 
@@ -389,9 +389,9 @@ def test_a_run_and_its_images_may_move(finished, image_folder, tmp_path, monkeyp
     assert (config.out, config.data_dir) == (str(out), str(data))
 
     before = contents(out)
-    (data / "train/ant/1.png").rename(data / "train/ant/other.png")  # of the same number
+    (data / "train/ant/1.png").rename(data / "train/ant/1-.png")  # at the same place
     assert "images" in refusal(run_here, "--resume", out)
-    (data / "train/ant/other.png").unlink()
+    (data / "train/ant/1-.png").unlink()
     assert "images" in refusal(run_here, "--resume", out)
     assert contents(out) == before
 
@@ -405,12 +405,13 @@ def test_init_begins_with_weights_and_settings_alone(finished, tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(randsac, "stop_signals", stop_at_once)
         assert run_here(*flags, tmp_path / "parts") == 128 + signal.SIGTERM
-    _, begun, settings = randsac.load_checkpoint(tmp_path / "parts/checkpoint.pt")
+    saved, begun, settings = randsac.load_checkpoint(tmp_path / "parts/checkpoint.pt")
     changed = {"init": str(start), "epochs": 2, "out": str(tmp_path / "parts")}
     assert settings == dataclasses.replace(config, **changed)
 
-    # Adam's first step, without a memory of the run before, moves no weight by more than the rate.
+    # It is Adam's first step, which moves no weight by more than the rate.
     [row] = rows(tmp_path / "parts")
+    assert saved["optimizer"]["state"][0]["step"] == row["step"] == 1
     assert row["lr"] == randsac.learning_rate(0, 6, config)
     for name, weight in trained.state_dict().items():
         assert (begun.state_dict()[name] - weight).abs().max() < 1.1 * row["lr"]
