@@ -76,8 +76,7 @@ def test_what_is_wrong_is_refused_by_its_flag_and_leaves_nothing(given, tmp_path
 
 
 def test_flags_given_take_the_place_of_a_trained_models():
-    cut = {"hierarchy": (4,), "order": "raster", "last_rank": 2}
-    trained = micro(dataset="folder", data_dir="x", **cut)
+    trained = micro(dataset="folder", data_dir="x", hierarchy=(4,), order="raster", last_rank=2)
     blob = randsac.with_flags(trained, {"segments": "blob"})
     assert (blob.hierarchy, blob.order, blob.last_rank) == ((11, 5), "random", 0)
     assert randsac.with_flags(trained, {"dataset": "cifar10"}).data_dir == "data"
@@ -201,8 +200,7 @@ def test_weight_decay_is_on_matrices_only():
     model = randsac.RandSAC(micro())
     decayed, free = randsac.make_optimizer(model, model.config).param_groups
     assert decayed["weight_decay"] == model.config.weight_decay > 0 == free["weight_decay"]
-    every = {id(p) for p in model.parameters()}
-    assert {id(p) for p in decayed["params"] + free["params"]} == every
+    assert len(decayed["params"]) + len(free["params"]) == len([*model.parameters()])
     assert all(p.ndim == 2 and p is not model.skip for p in decayed["params"])
     assert all(p.ndim < 2 or p is model.skip for p in free["params"])
 
@@ -339,9 +337,7 @@ RESUMED = [("patch", "auto"), ("square", "bfloat16"), ("blob", "auto"), ("mae", 
 
 
 @pytest.mark.parametrize("segments, precision", RESUMED)
-def test_resuming_after_every_step_gives_the_same_run(
-    tmp_path, image_folder, segments, precision, monkeypatch
-):
+def test_resuming_changes_nothing(tmp_path, image_folder, segments, precision, monkeypatch):
     """A run stopped by a signal after each step and resumed ends in the bits of one that was never
     disturbed: weights, optimizer, scaler, held-out losses."""
     whole = tmp_path / "whole"
