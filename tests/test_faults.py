@@ -478,7 +478,7 @@ def test_the_lines_of_a_run_that_is_done_can_be_pasted(flags, undisturbed, go, m
     run = Path(shutil.copytree(undisturbed, NAME))
     before = contents(run)
     code, text = go(*flags, "--out", NAME)
-    one_line(code, text)
+    one_line(code, text, "go on by")
     assert contents(run) == before
     code, text = go(*pasted(text, "go on by ", ", or")[1:])
     assert code == 0
