@@ -321,22 +321,22 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(flags, undisturbed, full, si
 
 
 def test_a_place_that_cannot_be_written(flags, tmp_path, undisturbed, go):
-    """It can hold no run; it may hold images, as those of another user."""
-    (tmp_path / "file").write_text("")
-    for out in ("file", "file/run", "/proc/run"):
-        one_line(*go(*flags, "--out", out), out)
-        one_line(*go(*flags, "--resume", out), out)
-
+    """It may hold images, as those of another user; it can hold no run."""
     place = tmp_path / "read only"
     shutil.copytree(undisturbed, place / "run")
     data = shutil.copytree(flags[flags.index("--data-dir") + 1], place / "data")
+    code, text = run([*flags, "--data-dir", data, "--out", "run"], read_only, place)
+    assert code == 0 and "into runs/cache" in text, text
+    lost_nothing(Path("run"), undisturbed)
+
     before = contents(place / "run")
     for given in ([*flags, "--out", place / "new"], ["--resume", place / "run"]):
         one_line(*run(given, read_only, place), given[-1].name)
     assert contents(place / "run") == before
-    code, text = run([*flags, "--data-dir", data, "--out", "run"], read_only, place)
-    assert code == 0, text
-    lost_nothing(Path("run"), undisturbed)
+    Path("file").write_text("")
+    for out in ("file", "file/run", "/proc/run"):
+        one_line(*go(*flags, "--out", out), out)
+        one_line(*go(*flags, "--resume", out), out)
 
 
 def test_out_of_the_cpus_memory_is_one_line(flags):
