@@ -146,7 +146,8 @@ def read_only(place):
     """For this process alone, as nothing else stops an administrator. Exit code 77: not possible
     here."""
     if os.geteuid() != 0:
-        os.chmod(place, 0o555)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o555)
         return
     libc = ctypes.CDLL(None)
     name = str(place).encode()
