@@ -149,6 +149,7 @@ def test_val_serves_as_test_and_links_are_followed(tmp_path):
     (tmp_path / "disk/data/val").symlink_to(tmp_path / "disk/tests")
     assert load(tmp_path / "link", train=False)[1].tolist() == [1]
     assert load(tmp_path / "link")[1].tolist() == [0, 1]
+    assert randsac.list_folder(tmp_path / "link")[3] == []  # nothing is left out
 
 
 def test_before_training_lines_say_what_was_found_and_what_is_about_to_happen(tmp_path, capsys):

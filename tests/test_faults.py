@@ -591,8 +591,6 @@ def test_a_checkpoint_may_be_in_half_precision_and_of_any_name():
         assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
-# --- any configuration
-
 POOLS = {
     "image_size": [1, 2, 4, 6, 8, 9, 12],
     "patch_size": [0, 1, 2, 3, 4],

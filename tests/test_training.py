@@ -296,7 +296,8 @@ def test_every_epoch_shows_the_images_once_in_an_order_of_its_own(tmp_path, monk
         assert (one == two).sum() < 12
     flags = ["--seed", 1, "--max-steps", 99, "--out", tmp_path / "b"]
     other = shown_images(monkeypatch, 72, *flags)
-    assert len(other) == 3 * 4 and other[0] != shown[0]
+    assert len(other) == 3 * 4
+    assert other[0] != shown[0]
 
 
 def test_a_row_has_the_mean_loss_since_the_row_before(tmp_path, monkeypatch, capsys):
