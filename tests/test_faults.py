@@ -27,35 +27,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import MICRO_FLAGS, ROOT, forks, micro, random_model, run_here
-from test_training import rows, same_weights
+from test_training import contents, random_batch, refusal, rows, steps, weights
 
 import randsac
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Each test stands in a directory of its own, in which decoded images lie."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where runs and decoded images lie
 
 
-def common_flags(image_folder):
+@pytest.fixture(scope="module")
+def flags(image_folder):
     """20 steps."""
     return [*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 5, "--save-every", 3]
 
 
-@pytest.fixture
-def flags(image_folder):
-    return common_flags(image_folder)
-
-
 @pytest.fixture(scope="module")
-def undisturbed(image_folder, tmp_path_factory):
+def undisturbed(flags, tmp_path_factory):
     """A run to compare with. Not to be written to."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        assert run_here(*common_flags(image_folder), "--out", place / "run") == 0
-    return place / "run"
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run_here(*flags, "--out", out) == 0
+    return out
 
 
 def saved_step(out):
@@ -63,21 +56,14 @@ def saved_step(out):
     return randsac.load_checkpoint(out / "checkpoint.pt")[0]["step"]
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.iterdir()}
-
-
 def lost_nothing(out, undisturbed):
     """A run that has come to its end is as one that was never disturbed, but for rows of the log
     that it has more."""
-    assert same_weights(out, undisturbed)
+    assert torch.equal(weights(out), weights(undisturbed))
     log = {row["step"]: row for row in rows(out)}
-    assert list(log) == [row["step"] for row in rows(out)] == sorted(log)
+    assert steps(out) == sorted(log)
     for row in rows(undisturbed):
         assert log[row["step"]].get("held_out_loss") == row.get("held_out_loss")
-
-
-# --- a command in this process
 
 
 def one_line(code, text, *words):
@@ -105,16 +91,16 @@ def go(capsys, monkeypatch):
 
 def send(*numbers):
     """-> a function that sends these signals to this process."""
-    return lambda: [os.kill(os.getpid(), number) for number in numbers]
+    return lambda *_: [os.kill(os.getpid(), number) for number in numbers]
 
 
 def at_call(number, function, act):
-    """`function`, but in its call of this number `act()` comes first."""
+    """`function`, but in its call of this number `act`, with the same arguments, comes first."""
     calls = itertools.count(1)
 
     def call(*args, **kwargs):
         if next(calls) == number:
-            act()
+            act(*args)
         return function(*args, **kwargs)
 
     return call
@@ -122,7 +108,7 @@ def at_call(number, function, act):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(step, act): in this step of a training (1: the first) `act()` comes first."""
+    """at(step, act): in this step of a training (1: the first) `act` comes first."""
 
     def patch(number, act):
         step = at_call(number, randsac.training_step, act)
@@ -134,32 +120,19 @@ def at(monkeypatch):
 # --- a command in a process of its own, in which a fault waits
 
 
-def kill_while_writing(number):
-    save = torch.save
-    calls = itertools.count(1)
+def kill_in_a_write(number):
+    """In the write of this number, when half of the file is on the disk."""
 
-    def half(content, file):
-        save(content, file)
-        if next(calls) == number:
-            file.truncate(file.tell() // 2)
-            send(signal.SIGKILL)()
+    def act(descriptor):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = half
+    os.fsync = at_call(number, os.fsync, act)
 
 
-def kill_before_rename(number):
-    os.replace = at_call(number, os.replace, send(signal.SIGKILL))
-
-
-def a_minute_in_a_step(*numbers):
-    """In the first step, after these signals."""
-    act = at_call(1, time.sleep, send(*numbers))
-    randsac.training_step = at_call(1, randsac.training_step, lambda: act(60))
-
-
-def ascii_terminal():
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii", errors="strict")
+def two_in_a_step(number):
+    """Of this signal, in the first."""
+    randsac.training_step = at_call(1, randsac.training_step, send(number, number))
 
 
 def little_memory(megabytes):
@@ -173,73 +146,69 @@ def read_only(place):
     """For this process alone, as nothing else stops an administrator. Exit code 77: not possible
     here."""
     if os.geteuid() != 0:
-        os.chmod(place, 0o555)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o555)
         return
     libc = ctypes.CDLL(None)
     name = str(place).encode()
-    failed = libc.unshare(0x20000), libc.mount(b"none", b"/", None, 0x44000, None)
-    failed += libc.mount(name, name, None, 0x1000, None), libc.mount(None, name, None, 0x1021, None)
-    if any(failed) or os.access(place, os.W_OK):
+    libc.unshare(0x20000)
+    libc.mount(b"none", b"/", None, 0x44000, None)
+    libc.mount(name, name, None, 0x1000, None)
+    libc.mount(None, name, None, 0x1021, None)
+    if os.access(place, os.W_OK):
         os._exit(77)
 
 
-def child(arguments, log, fault, values):
+def child(arguments, place, fault, values):
     torch.set_num_threads(1)
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(place)
+    with open("log", "w") as log:
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
     if fault is not None:
         fault(*values)
-    os.chdir(Path(log).parent)
     sys.argv = ["randsac.py", *arguments]
     randsac.run_command(randsac.main)
 
 
-def start(arguments, log, fault=None, *values):
-    """-> a process that runs the command where its log lies."""
+def start(arguments, fault=None, *values):
+    """-> a process that runs the command here. What it says goes into the file `log`."""
     words = [str(argument) for argument in arguments]
-    process = forks.Process(target=child, args=(words, str(log), fault, values))
+    process = forks.Process(target=child, args=(words, os.getcwd(), fault, values))
     process.start()
     return process
 
 
-def finish(process, log):
+def run(arguments, fault, *values):
+    """-> its exit code, all that it has said."""
+    process = start(arguments, fault, *values)
     process.join(100)
+    said = Path("log").read_text().replace("\r", "\n")
     if process.exitcode is None:
         process.kill()
-        raise AssertionError("does not end: " + log.read_text())
+        raise AssertionError("does not end: " + said)
     if process.exitcode == 77:
         pytest.skip("nothing can be made read-only here")
-    return process.exitcode, log.read_text().replace("\r", "\n")
+    return process.exitcode, said
 
 
-def run(arguments, log, fault=None, *values):
-    log.unlink(missing_ok=True)
-    return finish(start(arguments, log, fault, *values), log)
+# --- killed, interrupted
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.is_alive()
-        time.sleep(0.002)
-
-
-# --- killed
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_kill_9_at_random_moments(flags, tmp_path, undisturbed, kills):
-    """And resumed to the end. The first run is not killed: it tells how long a life is."""
-    rng = np.random.default_rng(kills)
-    lifetime = 0
+@pytest.mark.long
+def test_twenty_kills_at_random_moments(flags, undisturbed):
+    """Each is resumed to the end. Runs that are faster tell how long a life is."""
+    rng = np.random.default_rng(0)
+    lifetime = 60
     left = []
-    while len(left) < kills:
-        out = tmp_path / str(time.perf_counter_ns())
-        process = start([*flags, "--out", out], tmp_path / "log")
-        wait_for(out / "checkpoint.pt", process)
+    while len(left) < 20:
+        out = Path(str(time.perf_counter_ns()))
+        process = start([*flags, "--out", out])
+        while process.is_alive() and not (out / "checkpoint.pt").exists():
+            time.sleep(0.002)
         born = time.perf_counter()
-        if lifetime:
-            time.sleep(rng.uniform(0, lifetime))
-            process.kill()
+        process.join(rng.uniform(0, lifetime))
+        process.kill()
         process.join()
         if process.exitcode == 0:
             lifetime = time.perf_counter() - born
@@ -247,27 +216,19 @@ def test_kill_9_at_random_moments(flags, tmp_path, undisturbed, kills):
         left.append(saved_step(out))
         assert run_here("--resume", out) == 0
         lost_nothing(out, undisturbed)
-    print("killed with checkpoints of steps", sorted(left))
-    assert kills == 1 or len(set(left)) > 3  # all over the run
+    assert len(set(left)) > 3, left  # all over the run
 
 
-KILLS = [(kill_while_writing, 1), (kill_while_writing, 3)]
-KILLS += [(kill_before_rename, number) for number in (1, 3, 5)]  # 1: images, 3: first checkpoint
-
-
-@pytest.mark.parametrize("fault, number", KILLS)
-def test_killed_inside_a_write(flags, tmp_path, undisturbed, fault, number):
-    again = ["--resume", tmp_path / "run", *flags]
-    assert run(again, tmp_path / "log", fault, number)[0] == -signal.SIGKILL
+@pytest.mark.parametrize("number", [1, 3, 5])  # the images, the first checkpoint, a later one
+def test_killed_inside_a_write(flags, undisturbed, number):
+    again = ["--resume", "run", *flags]
+    assert run(again, kill_in_a_write, number)[0] == -signal.SIGKILL
     assert run_here(*again) == 0
-    lost_nothing(tmp_path / "run", undisturbed)
+    lost_nothing(Path("run"), undisturbed)
 
 
-# --- signals
-
-
-# SIGHUP of a closed terminal, Ctrl-C, SIGUSR1 and SIGTERM of a scheduler; and what Slurm sends under
-# srun at the time limit, where SIGTERM and SIGCONT are followed by SIGTERM 6 ms later.
+# SIGHUP of a closed terminal, Ctrl-C, SIGUSR1 and SIGTERM of a scheduler; and what Slurm sends
+# under srun at the time limit, where SIGTERM and SIGCONT are followed by SIGTERM 6 ms later.
 SIGNALS = [(1,), (2,), (10,), (15,), (15, 18, 15, 10, 10, 1, 1, 15)]
 
 
@@ -277,17 +238,17 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(flags, undisturbed, 
     at(5, send(*numbers))
     code, text = go(*flags, "--out", out)
     assert code == 128 + numbers[0] and f"--resume {out}" in text, text
-    assert saved_step(out) == rows(out)[-1]["step"] == 5
+    assert saved_step(out) == steps(out)[-1] == 5
     assert run_here("--resume", out) == 0
     lost_nothing(out, undisturbed)
 
 
-def test_a_second_ctrl_c_ends_the_program_at_once(flags, tmp_path):
-    begin = time.perf_counter()
-    code, text = run([*flags, "--out", "run"], tmp_path / "log", a_minute_in_a_step, 2, 2)
-    assert code == -2 and "--resume" not in text, text
-    assert time.perf_counter() - begin < 50  # the step would have taken a minute
-    assert saved_step(tmp_path / "run") == 0
+def test_a_second_ctrl_c_ends_the_program_at_once(flags):
+    """All that was said until then stands in the log."""
+    code, text = run([*flags, "--out", "run"], two_in_a_step, signal.SIGINT)
+    assert code == -signal.SIGINT and "--resume" not in text, text
+    assert saved_step(Path("run")) == 0
+    assert "72 images of 3 classes" in text and "20 steps" in text
 
 
 def test_sigterm_while_images_are_decoded_leaves_no_part_of_them(flags, go, monkeypatch):
@@ -298,26 +259,27 @@ def test_sigterm_while_images_are_decoded_leaves_no_part_of_them(flags, go, monk
     assert list(Path("runs/cache").iterdir()) == []
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing(flags, tmp_path, undisturbed, at, request):
+def test_under_nohup_a_closed_terminal_ends_nothing(flags, undisturbed, at, request):
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at(5, send(signal.SIGHUP))
-    assert run_here(*flags, "--out", tmp_path / "run") == 0
-    lost_nothing(tmp_path / "run", undisturbed)
+    assert run_here(*flags, "--out", "run") == 0
+    lost_nothing(Path("run"), undisturbed)
 
 
 # --- started again, elsewhere, from another model, by others
 
 
-def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, at, go):
-    command = ["--resume", "runs/a", *flags]
+def test_a_scheduler_repeats_one_command(flags, undisturbed, at, go):
+    out = Path("runs/a")
+    command = ["--resume", out, *flags]
     at(5, send(signal.SIGTERM))
     assert go(*command)[0] == 128 + 15
     assert go(*command)[0] == 0
-    lost_nothing(tmp_path / "runs/a", undisturbed)
-    log = rows(tmp_path / "runs/a")
+    log = rows(out)
     assert go(*command)[0] == 0
-    assert rows(tmp_path / "runs/a") == log and same_weights(tmp_path / "runs/a", undisturbed)
+    assert rows(out) == log
+    lost_nothing(out, undisturbed)
 
     # A name that was mistyped is not begun, nor is anything begun where something else lies.
     one_line(*go("--resume", "runs/b"), "runs/b")
@@ -325,139 +287,63 @@ def test_a_scheduler_repeats_one_command(flags, tmp_path, undisturbed, at, go):
     assert {path.name for path in Path("runs").iterdir()} == {"a", "cache"}
 
     # Flags that differ from the run's are refused by name, and nothing is touched.
-    before = contents(tmp_path / "runs/a")
+    before = contents(out)
     one_line(*go(*command, "--no-skip"), "--skip")
     one_line(*go(*command, "--weight-decay", 0.1), "--weight-decay 0.05", "--init")
-    assert contents(tmp_path / "runs/a") == before
+    assert contents(out) == before
 
 
-def test_a_run_that_was_overtaken_does_not_overwrite(flags, tmp_path, undisturbed, go):
+def test_a_run_that_was_overtaken_does_not_overwrite(flags, undisturbed, go, monkeypatch):
     """Its name was free; then it decoded for long, and meanwhile another took it, to the end."""
-    overtakes = at_call(1, randsac.load_images, lambda: run_here(*flags, "--out", "run"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(randsac, "load_images", overtakes)
-        one_line(*go(*flags, "--out", "run", "--seed", 5), "run")
-    lost_nothing(tmp_path / "run", undisturbed)
-
-
-def test_init_takes_every_setting_but_those_given(image_folder):
-    given = "--segments blob --hierarchy 5 2 --target pixels --seed 3 --crop-scale 0.9 --no-skip "
-    given += "--order raster --weight-decay 0.2 --warmup 0.1 --lr 0.01 --last-rank 2 --save-every 7"
-    run_here(*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 1, "--out", "a", *given.split())
-    first = dataclasses.asdict(randsac.load_model("a/checkpoint.pt")[1])
-    changed = {"init": "a/checkpoint.pt", "epochs": 2, "out": "b", "device": "cpu"}
-    run_here(*[word for name, value in changed.items() for word in (f"--{name}", value)])
-    saved, _, second = randsac.load_checkpoint("b/checkpoint.pt")
-    assert saved["step"] == 8 and not same_weights(Path("a"), Path("b"))
-    assert dataclasses.asdict(second) == first | changed
-
-
-def test_a_run_goes_on_where_images_are_decoded_a_little_differently(
-    flags, tmp_path, monkeypatch, at
-):
-    """As by another Pillow. Who they are is their names and sizes, not these bytes, nor times."""
-    at(5, send(signal.SIGTERM))
-    assert run_here(*flags, "--out", "run") == 128 + 15
-    decode = randsac.decode_image
-    monkeypatch.setattr(randsac, "decode_image", lambda *given: decode(*given) ^ 1)
-    data = flags[flags.index("--data-dir") + 1]
-    shutil.copytree(data, "moved", copy_function=shutil.copyfile)
-    shutil.rmtree("runs/cache")
-    assert run_here("--resume", "run", "--data-dir", "moved") == 0
-    assert saved_step(tmp_path / "run") == 20
-
-
-SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-SBATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-
-
-MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4"}
-
-
-@pytest.mark.parametrize("told, trains", [(SRUN, False), (MPIRUN, False), (SBATCH, True)])
-def test_tasks_of_srun_or_mpirun_do_not_train_side_by_side(flags, told, trains, monkeypatch, go):
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    code, text = go(*flags, "--max-steps", 1)
-    assert trains == (code == 0) == Path("runs").exists()
-    if not trains:
-        one_line(code, text, next(iter(told)), "torchrun")
+    overtakes = at_call(1, randsac.load_images, lambda *_: run_here(*flags, "--out", "run"))
+    monkeypatch.setattr(randsac, "load_images", overtakes)
+    one_line(*go(*flags, "--out", "run", "--seed", 5), "run")
+    lost_nothing(Path("run"), undisturbed)
 
 
 # --- disks, directories, memory, terminals
 
 
-@pytest.fixture
-def no_file_beyond():
-    """no_file_beyond(size): the system refuses to let a file grow beyond; without a size it lets."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size=resource.RLIM_INFINITY):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-
-    yield limit
-    limit()
-
-
-@pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    flags, undisturbed, no_file_beyond, full, at, go
-):
+@pytest.mark.parametrize("full, size", [("checkpoint.pt", 20_000), ("", 500)])
+def test_a_full_disk_keeps_the_last_good_checkpoint(flags, undisturbed, full, size, at, go):
     """That of step 4, an epoch's end: where that of step 6 has no room, or its row of the log."""
     out = Path("run")
-    size = {"checkpoint.pt": 20_000, "metrics.jsonl": 500}[full]
-    at(5, lambda: no_file_beyond(size))
-    one_line(*go(*flags, "--out", out), full if size == 20_000 else "")
-    no_file_beyond()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at(5, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1])))
+    try:
+        code, text = go(*flags, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    one_line(code, text, full)
     assert saved_step(out) == 4
-    assert {path.name for path in out.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "checkpoint.pt",
-    }
+    assert contents(out).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
     assert run_here("--resume", out) == 0
     lost_nothing(out, undisturbed)
 
 
-def test_a_place_that_cannot_be_written(flags, tmp_path, undisturbed):
-    (tmp_path / "file").write_text("")
+def test_a_place_that_cannot_be_written(flags, tmp_path, undisturbed, go):
+    """It may hold images, as those of another user; it can hold no run."""
     place = tmp_path / "read only"
     shutil.copytree(undisturbed, place / "run")
+    data = shutil.copytree(flags[flags.index("--data-dir") + 1], place / "data")
+    code, text = run([*flags, "--data-dir", data, "--out", "run"], read_only, place)
+    assert code == 0 and "into runs/cache" in text, text
+    lost_nothing(Path("run"), undisturbed)
+
     before = contents(place / "run")
-    log = tmp_path / "log"
-    for out in (
-        tmp_path / "file",
-        tmp_path / "file/run",
-        "/proc/run",
-        place / "new",
-        place / "run",
-    ):
-        given = ["--resume", out] if out == place / "run" else [*flags, "--out", out]
-        one_line(*run(given, log, read_only, place), Path(out).name)
+    for given in ([*flags, "--out", place / "new"], ["--resume", place / "run"]):
+        one_line(*run(given, read_only, place), given[-1].name)
     assert contents(place / "run") == before
+    Path("file").write_text("")
+    for out in ("file", "file/run", "/proc/run"):
+        one_line(*go(*flags, "--out", out), out)
+        one_line(*go(*flags, "--resume", out), out)
 
 
-def test_images_of_another_user_or_in_a_read_only_place(flags, tmp_path, undisturbed):
-    data = shutil.copytree(flags[flags.index("--data-dir") + 1], tmp_path / "disk/data")
-    flags = [*flags, "--data-dir", data, "--out", "run"]
-    code, text = run(flags, tmp_path / "log", read_only, tmp_path / "disk")
-    assert code == 0 and "runs/cache" in text, text
-    lost_nothing(tmp_path / "run", undisturbed)
-
-
-@pytest.mark.parametrize(
-    "given, megabytes",
-    [
-        ("--dim 80000", 500),  # the model
-        ("--dataset shapes --image-size 1024 --patch-size 256 --hierarchy 4", 500),  # the images
-        ("--image-size 256 --hierarchy 4", 700),  # a step, with 16,384 tokens
-    ],
-)
-def test_out_of_the_cpus_memory_is_one_line(image_folder, tmp_path, given, megabytes):
-    flags = [*MICRO_FLAGS, *given.split()]
-    if "shapes" not in given:
-        flags += ["--data-dir", image_folder]
-    one_line(*run(flags, tmp_path / "log", little_memory, megabytes), "memory", "--batch-size")
+def test_out_of_the_cpus_memory_is_one_line(flags):
+    """In a step, with 16,384 tokens."""
+    given = [*flags, "--image-size", 256, "--hierarchy", 4]
+    one_line(*run(given, little_memory, 700), "memory", "--batch-size")
 
 
 MEMORY = [
@@ -492,68 +378,32 @@ def test_what_a_compiler_says_is_one_line(flags, monkeypatch, go):
     torch.compiler.reset()
 
 
-def test_a_wrong_flag_is_one_line_and_leaves_nothing(tmp_path, go):
-    for given in (["--patch-size", 5], ["--lr", "fast"], ["--no-such-flag"]):
-        one_line(*go(*given), given[0])
-    one_line(*go("--resume=~nobody-of-this-name/run", "--lr", "fast"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_terminal_that_lacks_a_letter(flags, tmp_path):
-    data = shutil.copytree(flags[flags.index("--data-dir") + 1], tmp_path / "Böden")
-    given = [*flags, "--data-dir", data, "--max-steps", 1, "--out", "Läufe"]
-    code, text = run(given, tmp_path / "log", ascii_terminal)
-    assert code == 0 and "B\\xf6den" in text and "L\\xe4ufe" in text, text
-    one_line(*run(given, tmp_path / "log", ascii_terminal), "L\\xe4ufe")
-
-
-def test_a_log_file_can_be_read_while_the_run_goes_on(flags, tmp_path):
-    log = tmp_path / "log"
-    process = start([*flags, "--out", "run"], log, a_minute_in_a_step)
-    wait_for(tmp_path / "run/checkpoint.pt", process)
-    end = time.monotonic() + 30
-    while "20 steps" not in log.read_text() and time.monotonic() < end:
-        time.sleep(0.1)
-    process.kill()
-    process.join()
-    assert "72 images of 3 classes" in log.read_text()
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(flags, go):
-    one_line(*go(*flags, "--out", "run", "--lr", 1e9), "loss is nan at step", "--lr")
-    model, _ = randsac.load_model("run/checkpoint.pt")
-    assert all(torch.isfinite(weight).all() for weight in model.parameters())
-    assert all(math.isfinite(row["loss"]) for row in rows(Path("run")))
-
-
 @pytest.mark.long
-def test_memory_is_flat_over_5000_steps(image_folder, tmp_path):
-    flags = [*MICRO_FLAGS, "--data-dir", image_folder, "--epochs", 1250, "--out", "run"]
-    process = start(flags, tmp_path / "log")
+def test_memory_is_flat_over_5000_steps(flags):
+    process = start([*flags, "--epochs", 1250, "--save-every", 0, "--out", "run"])
     sizes = []
     while process.is_alive():
         with contextlib.suppress(OSError, IndexError, json.JSONDecodeError):
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            sizes.append((rows(tmp_path / "run")[-1]["step"], pages))
+            _, pages, *_ = Path(f"/proc/{process.pid}/statm").read_text().split()
+            sizes.append((steps(Path("run"))[-1], int(pages)))
         time.sleep(0.2)
     assert process.exitcode == 0
     early = np.mean([pages for step, pages in sizes if 500 <= step < 1000])
     late = np.mean([pages for step, pages in sizes if 4500 <= step <= 5000])
-    print(f"pages at steps 500-1000: {early:.0f}, at 4500-5000: {late:.0f}")
     assert late < 1.05 * early
 
 
 # --- in a notebook: main() in a process that lives on
 
 
-def test_main_puts_everything_back(flags, at, request):
-    """Handlers, files and streams are as before, also after a run that was stopped or failed."""
+def test_main_puts_everything_back(flags, undisturbed, at, request):
+    """Handlers, streams and open files are as before, also after a run that stopped or failed."""
     own = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run without one
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
 
     def state():
         handlers = [signal.getsignal(number) for number in (1, 2, 10, 15)]
-        return handlers, sys.stdout, sys.stderr, os.getcwd()
+        return handlers, sys.stdout, sys.stderr, os.getcwd(), len(os.listdir("/proc/self/fd"))
 
     before = state()
     at(21, send(signal.SIGINT))
@@ -561,39 +411,42 @@ def test_main_puts_everything_back(flags, at, request):
     assert state() == before
     assert run_here(*flags, "--out", "stopped") == 130
     assert state() == before
-    with pytest.raises(randsac.UserError):
+    with pytest.raises(randsac.UserError, match=r"loss is nan at step \d+: .* --lr"):
         run_here(*flags, "--out", "failed", "--lr", 1e9)
     assert state() == before
+    assert weights(Path("failed")).isfinite().all()  # they are from before
+    assert all(math.isfinite(row["loss"]) for row in rows(Path("failed")))
     with pytest.raises(KeyboardInterrupt):  # Ctrl-C works in the next cell
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
-    with contextlib.suppress(FileNotFoundError):  # the listing's own, the last
-        for number in sorted(os.listdir("/proc/self/fd"), key=int):
-            path = os.readlink(f"/proc/self/fd/{number}")
-            assert not path.endswith((".jsonl", ".pt", ".part")), path
 
 
-def test_main_in_a_thread(flags, tmp_path, undisturbed):
-    thread = threading.Thread(target=run_here, args=[*flags, "--out", tmp_path / "run"])
+def test_main_in_a_thread(flags, undisturbed):
+    thread = threading.Thread(target=run_here, args=[*flags, "--out", "run"])
     thread.start()
     thread.join(60)
-    lost_nothing(tmp_path / "run", undisturbed)
+    lost_nothing(Path("run"), undisturbed)
 
 
-def test_streams_that_are_no_terminals(flags, monkeypatch):
-    """`%run randsac.py` in a notebook; a service without stdout; python -OO, without docstrings."""
-    stream = io.StringIO()  # which takes text and can do little else
+@pytest.mark.parametrize("out", ["run", "L\\xe4ufe"])
+def test_streams_that_are_no_terminals(flags, monkeypatch, out):
+    """`%run randsac.py` in a notebook, whose stream can do little; a terminal that lacks a letter;
+    a service without stdout; python -OO, without docstrings."""
+    stream = io.StringIO() if out == "run" else io.TextIOWrapper(io.BytesIO(), "ascii")
+    name = out.replace("\\xe4", "ä")
     monkeypatch.setattr(randsac, "__doc__", None)
-    monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, flags), "--out", "run"])
+    monkeypatch.setattr(sys, "argv", ["randsac.py", *map(str, flags), "--out", name])
     for code in (0, 2):  # now its name is taken
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "stdout", stream)
             patch.setattr(sys, "stderr", stream)
             randsac.run_command(randsac.main)
         assert ended.value.code == code
-    assert "trained" in stream.getvalue() and "error: " in stream.getvalue()
+    stream.seek(0)
+    text = stream.read()
+    assert "trained" in text and f"error: {out} is in use" in text, text
     monkeypatch.setattr(sys, "stdout", None)
-    assert run_here(*flags, "--out", "other") == 0
+    assert run_here("--resume", name) == 0
 
 
 # --- what is printed can be pasted
@@ -603,62 +456,45 @@ def pasted(text, before, after="\n"):
     """What a shell makes of the command printed between these words: the arguments of Python."""
     line = text.partition(before)[2].partition(after)[0]
     line = f'{Path(sys.executable).name}() {{ printf "%s\\n" "$@"; }}; {line}'
-    return subprocess.run(
-        ["bash", "-c", line], check=True, stdout=-1, text=True
-    ).stdout.splitlines()
+    return subprocess.check_output(["bash", "-c", line], text=True).splitlines()
 
 
-@pytest.mark.parametrize("name", ["my run's ü", "~", "-x", "a$(touch oops) `b`;#&", "star * [1]"])
-def test_the_line_after_a_stop_can_be_pasted(flags, tmp_path, name, at, go):
+NAME = "my run's ü * [1] $(touch oops) `b`;#&"
+
+
+@pytest.mark.parametrize("name", ["~", "-x", NAME])
+def test_the_line_after_a_stop_can_be_pasted(flags, name, at, go):
     at(1, send(signal.SIGTERM))
     code, text = go(*flags, "--epochs", 1, f"--out=./{name}")
     assert code == 128 + 15, text
     script, *arguments = pasted(text, "To go on: ")
     assert Path(script).samefile(ROOT / "randsac.py")
     assert run_here(*arguments) == 0
-    assert [row["step"] for row in rows(tmp_path / name)] == [1, 3, 4]
-    assert not (tmp_path / "oops").exists()
+    assert steps(Path(name)) == [1, 3, 4]
+    assert not Path("oops").exists()
 
 
-@pytest.mark.parametrize("labels", [True, False])
-def test_the_lines_after_a_training_can_be_pasted(flags, tmp_path, labels, go, monkeypatch):
-    """Probing needs classes and test images: where there are none, it is not advised."""
-    data = shutil.copytree(flags[flags.index("--data-dir") + 1], tmp_path / "my images")
-    if not labels:
-        for name in ("test", "train/bee", "train/cat"):
-            shutil.rmtree(data / name)
-    _, text = go(*flags, "--data-dir", data, "--epochs", 1, "--out", "my run")
-    assert ("probe.py" in text) == labels
-    printed = [pasted(text, "Next: ")]
-    if labels:
-        printed.append(pasted(text, "and: "))
-    for words in printed:
+def test_the_lines_of_a_run_that_is_done_can_be_pasted(flags, undisturbed, go, monkeypatch):
+    """Also that for somebody who would take its name, and that of a model alone."""
+    run = Path(shutil.copytree(undisturbed, NAME))
+    before = contents(run)
+    code, text = go(*flags, "--out", NAME)
+    one_line(code, text, "go on by")
+    assert contents(run) == before
+    code, text = go(*pasted(text, "go on by ", ", or")[1:])
+    assert code == 0
+    for words in (pasted(text, "Next: "), pasted(text, "and: ")):
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(words[0], run_name="__main__")
         assert ended.value.code in (None, 0), words
     assert len(list(Path("figures").iterdir())) > 5
-    assert Path("my run/probes.jsonl").exists() == labels
+    assert (run / "probes.jsonl").exists()
 
-
-def test_the_line_for_a_name_that_is_taken_can_be_pasted(flags, undisturbed, go):
-    shutil.copytree(undisturbed, "my run")
-    before = contents(Path("my run"))
-    code, text = go(*flags, "--out", "my run")
-    one_line(code, text, "--resume")
-    assert contents(Path("my run")) == before
-    assert run_here(*pasted(text, "go on by ", ", or")[1:]) == 0
-
-
-def test_the_line_for_a_model_alone_can_be_pasted(image_folder, go):
-    """The model that comes with the project, in a folder whose name has a space."""
     shutil.copytree(ROOT / "assets/nano-cifar10", "my model")
     code, text = go("--resume", "my model")
     one_line(code, text, "only a model")
-    words = pasted(text, "another run by ")[1:]
-    other = ["--dataset", "folder", "--data-dir", image_folder, "--image-size", 8]
-    other += ["--hierarchy", 4, "--max-steps", 1, "--batch-size", 8]
-    assert run_here(*words, *other) == 0
+    assert pasted(text, "another run by ")[1:] == ["--init", "my model/checkpoint.pt"]
 
 
 def test_a_home_directory_is_understood(image_folder, tmp_path, monkeypatch):
@@ -677,37 +513,34 @@ def test_a_home_directory_is_understood(image_folder, tmp_path, monkeypatch):
 
 
 def refused(path, *words):
-    with pytest.raises(randsac.UserError) as error:
-        randsac.load_model(path)
-    message = str(error.value)
-    assert "\n" not in message and str(path) in message, message
-    assert all(word in message for word in words), message
+    said = refusal(randsac.load_model, path)
+    assert str(path) in said and all(word in said for word in words), said
 
 
-def test_a_checkpoint_cut_short_anywhere_is_refused(undisturbed):
-    shutil.copy(undisturbed / "checkpoint.pt", "cut.pt")
-    for end in np.linspace(os.path.getsize("cut.pt") - 1, 0, 60).astype(int):
-        os.truncate("cut.pt", end)
-        refused("cut.pt")
+def test_a_checkpoint_cut_short_anywhere_is_refused_and_the_run_left_as_it_is(undisturbed, go):
+    path = Path(shutil.copytree(undisturbed, "run"), "checkpoint.pt")
+    for end in np.linspace(path.stat().st_size - 1, 0, 60).astype(int):
+        os.truncate(path, end)
+        refused(path)
+    before = contents(path.parent)
+    one_line(*go("--resume", "run"), path)
+    assert contents(path.parent) == before
 
 
 def test_a_flipped_bit_is_refused_or_harmless(undisturbed):
     whole = (undisturbed / "checkpoint.pt").read_bytes()
     good, good_config = randsac.load_model(undisturbed / "checkpoint.pt")
-    refusals = 0
+    harmless = 0
     for place in np.random.default_rng(0).integers(0, 8 * len(whole), 60):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << (place % 8)
         Path("flipped.pt").write_bytes(damaged)
-        try:
+        with contextlib.suppress(randsac.UserError):
             model, config = randsac.load_model("flipped.pt")
-        except randsac.UserError:
-            refused("flipped.pt")
-            refusals += 1
-            continue
-        assert config == good_config
-        torch.testing.assert_close(model.state_dict(), good.state_dict(), rtol=0, atol=0)
-    assert refusals > 30
+            assert config == good_config
+            torch.testing.assert_close(model.state_dict(), good.state_dict(), rtol=0, atol=0)
+            harmless += 1
+    assert harmless < 30
 
 
 class Payload:
@@ -727,11 +560,11 @@ def test_a_file_that_would_run_code_does_not():
     assert Path("it ran").exists()  # the payload works where it is let
 
 
-def test_other_files_are_refused_by_name(undisturbed, tmp_path, go, flags):
+def test_other_files_are_refused_by_name(undisturbed):
     Path("text.pt").write_text("hello")
     refused("text.pt")
     refused("missing.pt", "No such file")
-    refused(tmp_path)  # a directory
+    refused(undisturbed)  # a directory
     saved = torch.load(undisturbed / "checkpoint.pt", weights_only=True)
     changes = [
         ({"model": {}}, "embed.weight"),
@@ -739,23 +572,13 @@ def test_other_files_are_refused_by_name(undisturbed, tmp_path, go, flags):
         ({"config": {**saved["config"], "dim": 32}}, "embed.weight"),
         ({"config": {**saved["config"], "flavour": 1}}, "flavour"),
         ({"config": {**saved["config"], "heads": 3}}, "--heads"),
-        ({"config": 3}, ""),
-        ({"model": 4}, ""),
     ]
     for change, word in changes:
         torch.save(saved | change, "other.pt")
         refused("other.pt", word)
-    for content in ([1, 2], {}, {"config": {}}, {"model": {}}):
+    for content in ([1, 2], {}, saved | {"config": 3}, saved | {"model": 4}):
         torch.save(content, "other.pt")
         refused("other.pt")
-    one_line(*go("--resume", undisturbed / "checkpoint.pt", *flags), "checkpoint.pt")
-
-    # Nor is anything touched of a run whose checkpoint is damaged.
-    shutil.copytree(undisturbed, "run")
-    os.truncate("run/checkpoint.pt", 20_000)
-    before = contents(Path("run"))
-    one_line(*go("--resume", "run"), "run/checkpoint.pt")
-    assert contents(Path("run")) == before
 
 
 def test_a_checkpoint_may_be_in_half_precision_and_of_any_name():
@@ -767,8 +590,6 @@ def test_a_checkpoint_may_be_in_half_precision_and_of_any_name():
         model, _ = randsac.load_model(name)
         assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
-
-# --- any configuration at all
 
 POOLS = {
     "image_size": [1, 2, 4, 6, 8, 9, 12],
@@ -787,33 +608,25 @@ POOLS = {
     "batch_size": [1, 4, 0, None],
     "warmup": [0.0, 0.5, 1.5],
     "crop_scale": [0.01, 1.0, 0.0, 2.0],
-    "seed": [0, 2**29, -1],
-    "weight_decay": [0.0, -0.1, 1],
-    "epochs": [1, None, 0],
     "model": ["nano", None, "mega"],
-    "dataset": ["shapes", "folder", "what"],
-    "data_dir": [None, "", "/x"],
     "precision": ["auto", "float32", "bfloat16", "float16", "int8"],
 }
-LIKELY = {"image_size": 8, "patch_size": 2, "dim": 8, "heads": 2, "depth": 1}
-LIKELY |= {"decoder_depth": 1, "batch_size": 4}
 
 
 def try_configuration(rng):
     """One random configuration: trains a step with a finite loss (True) or is refused with a
     UserError (False)."""
-    settings = dict(LIKELY)
+    settings = {"image_size": 8, "patch_size": 2, "batch_size": 4}
     for name in rng.choice(list(POOLS), rng.integers(1, 6), replace=False):
         pool = POOLS[str(name)]
         settings[str(name)] = pool[rng.integers(len(pool))]
     try:
-        config = randsac.Config(**settings)
+        config = micro(**settings)
     except randsac.UserError as error:
         assert "\n" not in str(error) and "--" in str(error), settings
         return False
     model = randsac.RandSAC(config)
-    size = config.image_size
-    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    images = random_batch(3, config.image_size)
     optimizer = randsac.make_optimizer(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=config.precision == "float16")
     for step in range(2):
