@@ -1281,7 +1281,7 @@ def train(config, saved, device, process=0, world=1):
             losses = []
             start = time.perf_counter()
 
-    checkpoint = Path(config.out, "checkpoint.pt")
+    checkpoint = f"{config.out}/checkpoint.pt"
     print("trained. Next:", command_line("visualize.py", "all", "--checkpoint", checkpoint))
     if can_probe:
         print("         and:", command_line("probe.py", checkpoint))
@@ -1347,16 +1347,17 @@ def read_flags(given):
     if resumes:
         check("out" not in given, "--resume names the run's directory: leave out --out")
         given["out"] = given.pop("resume")
-    run = user_path(given.get("out", ""))
-    if resumes and (run / "checkpoint.pt").exists():
-        return go_on(run / "checkpoint.pt", given)
+    run = os.path.expanduser(given.get("out", ""))
+    checkpoint = f"{run}/checkpoint.pt"  # a Path would lose the ./ of ./-x
+    if resumes and os.path.exists(checkpoint):
+        return go_on(checkpoint, given)
 
     # A directory holds one run. One that was cut off before its first checkpoint has but a log.
     flags = given.keys() - {"out"}
     check(flags or not resumes, f"{run} holds no run; to begin one there, give its flags too")
-    begun = resumes and (run / "metrics.jsonl").exists()
+    begun = resumes and os.path.exists(f"{run}/metrics.jsonl")
     mend = f"go on by {command_line('randsac.py', '--resume', run)}, or choose another directory"
-    used = "out" in given and run.is_dir() and os.listdir(run)
+    used = os.path.isdir(run) and os.listdir(run)  # never where there is no --out
     check(begun or not used, f"{run} is in use: {mend}")
     saved = {"rows": []} if resumes else {}  # with rows, the log may be written anew
     if "init" not in given:

@@ -474,11 +474,12 @@ def test_the_line_after_a_stop_can_be_pasted(flags, name, at, go):
     assert not Path("oops").exists()
 
 
-def test_the_lines_of_a_run_that_is_done_can_be_pasted(flags, undisturbed, go, monkeypatch):
+@pytest.mark.parametrize("name", [NAME, "./-x"])
+def test_the_lines_of_a_run_that_is_done_can_be_pasted(name, flags, undisturbed, go, monkeypatch):
     """Also that for somebody who would take its name, and that of a model alone."""
-    run = Path(shutil.copytree(undisturbed, NAME))
+    run = Path(shutil.copytree(undisturbed, name))
     before = contents(run)
-    code, text = go(*flags, "--out", NAME)
+    code, text = go(*flags, f"--out={name}")
     one_line(code, text, "go on by")
     assert contents(run) == before
     code, text = go(*pasted(text, "go on by ", ", or")[1:])
