@@ -2,9 +2,12 @@
 `pytest -m bench -s` the timings."""
 
 import gc
+import io
 import multiprocessing
 import os
+import runpy
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -23,17 +26,14 @@ os.environ["PYTHONPATH"] = str(ROOT)
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["randsac"])
 
-MARKERS = {
-    "long": "takes minutes; run with -m long",
-    "bench": "measures speed; run with -m bench -s",
-}
-
 
 def pytest_configure(config):
-    if "bench" not in config.getoption("-m"):
+    if config.option.markexpr == "":
+        config.option.markexpr = "not long and not bench"
+    if config.option.markexpr != "bench":
         torch.set_num_threads(1)  # models this small gain nothing by more, and lose to other work
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.addinivalue_line("markers", "long: takes minutes")
+    config.addinivalue_line("markers", "bench: measures speed; run with -s")
     for number in range(1, 9):
         meaning = f"grades exercise {number} of the assignment alone"
         config.addinivalue_line("markers", f"exercise{number}: {meaning}")
@@ -44,15 +44,6 @@ def pytest_collection_finish(session):
     gc.set_threshold(50_000)
 
 
-def pytest_collection_modifyitems(config, items):
-    for name, meaning in MARKERS.items():
-        if name in config.getoption("-m"):
-            continue
-        for item in items:
-            if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.skip(reason=meaning))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def elsewhere(tmp_path_factory):
     """Runs and decoded images lie in the current directory: not in the project's, while testing."""
@@ -60,7 +51,9 @@ def elsewhere(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def alike(tmp_path, monkeypatch):
+    """Each test has a directory of its own, and the same random numbers whatever ran before it."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
 
@@ -176,9 +169,44 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run_here(*arguments):
-    """randsac.main in this process (an import of torch takes seconds) -> its exit code."""
-    return randsac.main([str(argument) for argument in arguments])
+def run_here(*arguments, main=randsac.main):
+    """A command in this process (an import of torch takes seconds) -> its exit code."""
+    return main([str(argument) for argument in arguments])
+
+
+def go(*arguments, program=None, stream=io.StringIO):
+    """The same with all that is around it; it may be another program, a file -> its exit code, all
+    that it has said."""
+    said = stream()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(program), *map(str, arguments)])
+        patch.setattr(sys, "stdout", said)
+        patch.setattr(sys, "stderr", said)
+        try:
+            if program is None:
+                randsac.run_command(randsac.main)
+            runpy.run_path(str(program), run_name="__main__")
+        except SystemExit as ended:
+            said.seek(0)
+            return ended.code, said.read()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def one_line(code, text, *words):
+    """A command ended with code 2, and with one line that has these words."""
+    assert code == 2 and "Traceback" not in text and text.count("error: ") == 1, (code, text)
+    line = text.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(str(word) in line for word in words), line
+
+
+def refusal(act, *arguments, **settings):
+    """The line with which this is refused."""
+    with pytest.raises(randsac.UserError) as error:
+        act(*arguments, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 MICRO_FLAGS = shlex.split(

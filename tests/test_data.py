@@ -22,16 +22,11 @@ import pytest
 import torch
 import torchvision
 import tqdm
-from conftest import MICRO_FLAGS, ROOT, micro, random_model, run_here
+from conftest import MICRO_FLAGS, ROOT, micro, random_model, refusal, run_here
 from PIL import Image
-from test_training import random_batch, refusal
+from test_training import random_batch
 
 import randsac
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where decoded images will lie
 
 
 def load(path, train=True, **settings):
@@ -275,10 +270,8 @@ def test_transparency_rotation_and_any_size_are_respected(tmp_path):
 
 
 # Colour with 16 bits a channel, which Pillow reads but does not write.
-PNG_16 = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAEEAIAAAB2A9VqAAAAEElEQVR42mNg1MEOGagnAQCiSwhxErV2PgAAAABJRU5"
-)
-PNG_16 += "ErkJggg=="
+PNG_16 = "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAEEAIAAAB2A9VqAAAAEElEQVR42mNg1MEOGagnAQCiSwhxErV2PgAAAABJ"
+PNG_16 += "RU5ErkJggg=="
 
 
 def test_more_than_8_bits_are_refused_by_name(tmp_path):

@@ -114,10 +114,8 @@ def winners(points, *gaussians):
 def test_distance_counts_in_deviations():
     wide = ((0, 0), (4, 1), 0)
     narrow = ((3, 0), (0.5, 0.5), 0)
-    words = (
-        "(2, 0) is 2 / 4 deviations from the wide Gaussian and 1 / 0.5 from the narrow one: the "
-    )
-    words += "first wins, though the mean of the second is nearer and its density there is higher"
+    words = "(2, 0) is 2 / 4 deviations from the wide Gaussian and 1 / 0.5 from the narrow one: so "
+    words += "the first wins, though the second's mean is nearer and its density there is higher"
     assert winners([(2, 0)], wide, narrow) == [0], words
     circle = ((0, 0), (2, 2), 0)
     words = "(0, 3) lies along y, where the wide Gaussian has a deviation of only 1"

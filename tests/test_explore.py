@@ -193,8 +193,7 @@ def test_the_shipped_page_is_what_the_command_writes(folder):
     assert written == shipped
 
 
-def test_images_beside_a_checkpoint_are_shown_unless_others_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_images_beside_a_checkpoint_are_shown_unless_others_are_asked_for(monkeypatch):
     flags = {"checkpoint": CHECKPOINT}
     images, labels = visualize.Shown(flags).images
     for image, label in zip(images, labels, strict=True):

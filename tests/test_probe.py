@@ -7,16 +7,15 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MICRO_FLAGS, ROOT, micro, run_here
+from conftest import MICRO_FLAGS, ROOT, go, micro, one_line, refusal, run_here
+from evidence import read_rows
 from PIL import Image
 
 import probe
@@ -27,15 +26,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def trained(image_folder, tmp_path_factory):
-    """A model after a few steps on `image_folder`, in whose place decoded images lie too. Without
-    the optimizer, which takes longer to load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("here"))
-        flags = ("--data-dir", image_folder, "--max-steps", 4, "--seed", 5, "--out", "run")
-        assert run_here(*MICRO_FLAGS, *flags) == 0
-        saved = torch.load("run/checkpoint.pt", weights_only=True)
-        torch.save({name: saved[name] for name in ("config", "model", "step")}, "checkpoint.pt")
-        yield Path("checkpoint.pt").resolve()
+    """A model after a few steps on `image_folder`. Without the optimizer, which takes longer to
+    load."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    flags = ("--data-dir", image_folder, "--max-steps", 4, "--seed", 5, "--out", out)
+    assert run_here(*MICRO_FLAGS, *flags) == 0
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save({name: saved[name] for name in ("config", "model", "step")}, out / "checkpoint.pt")
+    return out / "checkpoint.pt"
 
 
 @pytest.fixture
@@ -52,8 +50,7 @@ def words(*arguments):
 def run_probe(checkpoint, *arguments):
     """Runs a probe in this process -> all rows beside the checkpoint."""
     probe.main(words(checkpoint, *arguments))
-    lines = checkpoint.with_name("probes.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(checkpoint.with_name("probes.jsonl"))
 
 
 def prepared(checkpoint, *flags):
@@ -213,9 +210,8 @@ def test_the_encoder_is_the_checkpoints_or_a_random_one(checkpoint):
 
 
 @pytest.mark.parametrize("protocol", ["linear-sgd", "finetune"])
-def test_trained_scores_hang_on_the_seed_and_on_no_other_test_image_nor_label(
-    checkpoint, protocol, monkeypatch
-):
+def test_scores_hang_on_the_seed_and_no_other_test_image(checkpoint, protocol, monkeypatch):
+    """Nor on a label of a test image."""
     streams = []
     random_crops = randsac.random_crops
 
@@ -373,7 +369,7 @@ def test_one_image_in_four_is_erased_in_part_by_noise():
 
 
 def test_each_eight_images_are_distorted_in_a_way_of_their_own():
-    alike = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(64, 1, 1, 1)
+    alike = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8).expand(64, -1, -1, -1)
     x, _ = distorted(alike, torch.arange(64) % 2, 5, "RandomErasing")
     groups = x.view(8, 8, -1)[:, 1:]  # the first is mixed with one of another group
     assert torch.allclose(groups, groups[:, :1], atol=1e-4)
@@ -502,17 +498,14 @@ def test_features_are_kept_with_whose_they_are(checkpoint, image_folder, tmp_pat
 
 
 @pytest.mark.parametrize("gone", ["test", "*/[bc]*"])
-def test_without_labels_features_are_kept_and_no_number_is_given(
-    checkpoint, image_folder, capsys, gone
-):
+def test_without_labels_features_are_kept_alone(checkpoint, image_folder, capsys, gone):
     images = shutil.copytree(image_folder, checkpoint.with_name("images"))
     for folder in images.glob(gone):
         shutil.rmtree(folder)
     flags = words(checkpoint, "--data-dir", images)
     file = checkpoint.with_name("f.npz")
     line = f"neighbours --checkpoint {checkpoint} --dataset folder --data-dir {images}"
-    with pytest.raises(randsac.UserError, match=re.escape(line)):
-        probe.main(flags)
+    assert line in refusal(probe.main, flags)
     probe.main([*flags, "--save", str(file)])
     assert line in capsys.readouterr().out
     kept = np.load(file)
@@ -541,19 +534,15 @@ REFUSED = [  # flags, what the line names
 
 @pytest.mark.parametrize("flags, part", REFUSED)
 def test_a_flag_that_cannot_act_is_named(checkpoint, monkeypatch, flags, part):
-    monkeypatch.chdir(checkpoint.parent)
     monkeypatch.setattr(probe, "outputs", None)  # before features are computed
     before = checkpoint.read_bytes()
-    with pytest.raises(randsac.UserError, match=part):
-        probe.main(words("checkpoint.pt", *flags.split()))
+    assert part in refusal(run_probe, checkpoint, *flags.split())
     assert checkpoint.read_bytes() == before
     assert not Path("probes.jsonl").exists()
 
 
 @pytest.mark.parametrize("name, flags", [("probes.jsonl", ""), (".", ""), ("x", "--save ~/x/f")])
-def test_as_a_program_it_says_at_once_where_it_cannot_write(
-    checkpoint, monkeypatch, capsys, name, flags
-):
+def test_as_a_program_it_says_where_it_cannot_write(checkpoint, monkeypatch, name, flags):
     home = checkpoint.parent
     (home / "x").mkdir()
     if name == "probes.jsonl":
@@ -562,21 +551,17 @@ def test_as_a_program_it_says_at_once_where_it_cannot_write(
     monkeypatch.setattr(os, "access", lambda asked, mode: asked != home / name)
     monkeypatch.setattr(randsac, "load_images", None)
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(sys, "argv", ["probe.py", "~/checkpoint.pt", *flags.split()])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "probe.py"), run_name="__main__")
-    assert end.value.code == 2
-    assert f"{home / name} cannot be written" in capsys.readouterr().err
+    ended = go("~/checkpoint.pt", *flags.split(), program=ROOT / "probe.py")
+    one_line(*ended, f"{home / name} cannot be written")
 
 
 # --- one's own use
 
 
-def test_features_of_ones_own_images(tmp_path, monkeypatch):
+def test_features_of_ones_own_images(tmp_path):
     shutil.copytree(ROOT / "assets" / "nano-cifar10", tmp_path / "assets" / "nano-cifar10")
     for name, colour in (("a.jpg", "red"), ("b.jpg", "green")):
         Image.new("RGB", (50, 40), colour).save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     names = {}
     exec(code, names)  # noqa: S102

@@ -24,12 +24,6 @@ def orders(ranks):
     return ranks.argsort(1).argsort(1) @ torch.tensor([64, 16, 4, 1])
 
 
-def test_every_permutation_of_patches_is_equally_likely():
-    config = micro(image_size=8, segments="patch")
-    ranks = randsac.sample_ranks(config, 24_000, generator=randsac.seeded("cpu", 0))
-    assert chi_square(orders(ranks), 24) < 58
-
-
 def test_partitions_and_segments_inside_them_are_uniform_and_independent():
     # 16 segments of one token in 4 partitions, the quadrants.
     config = micro(image_size=16, hierarchy=(16, 4))
@@ -69,21 +63,14 @@ def test_raster_order_equals_a_slow_version():
         assert torch.equal(ranks, slow_raster(levels)), config
 
 
-NESTED = [
-    ("square", (16, 4)),
-    ("square", (64, 16, 4)),
-    ("blob", (11, 5)),
-    ("blob", (40, 12, 4, 2)),
-    ("scatter", (11, 5)),
-]
+NESTED = [("square", (64, 16, 4)), ("blob", (40, 12, 4, 2)), ("scatter", (11, 5))]
 
 
-@pytest.mark.parametrize("order", ["random", "raster"])
 @pytest.mark.parametrize("segments, hierarchy", NESTED)
-def test_every_partition_is_finished_before_the_next_begins(segments, hierarchy, order):
-    config = micro(image_size=32, segments=segments, hierarchy=hierarchy, order=order)
+def test_every_partition_is_finished_before_the_next_begins(segments, hierarchy):
+    config = micro(image_size=32, segments=segments, hierarchy=hierarchy)
     levels = randsac.sample_levels(config, 50, generator=randsac.seeded("cpu", 4))
-    ranks = randsac.serialize(levels, order, randsac.seeded("cpu", 5))
+    ranks = randsac.sample_ranks(config, 50, generator=randsac.seeded("cpu", 4))
     assert len(levels) == len(hierarchy)
     if segments == "square":
         assert tuple(len(level[0].unique()) for level in levels) == hierarchy

@@ -17,17 +17,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO_FLAGS, ROOT, forks, micro, run_here
+from conftest import MICRO_FLAGS, ROOT, forks, micro, refusal, run_here
 
 import randsac
-
-
-def refusal(act, *arguments, **settings):
-    """The line with which this is refused."""
-    with pytest.raises(randsac.UserError) as error:
-        act(*arguments, **settings)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def names(flag, text):
@@ -66,8 +58,7 @@ REFUSED = """
 
 
 @pytest.mark.parametrize("given", re.split("[;\n] *", REFUSED.strip()))
-def test_what_is_wrong_is_refused_by_its_flag_and_leaves_nothing(given, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_wrong_is_refused_by_its_flag_and_leaves_nothing(given, tmp_path):
     words = shlex.split(given)
     flag = [word for word in words if word.startswith("--")][-1]
     said = refusal(run_here, "--max-steps", 1, *words)
@@ -376,7 +367,6 @@ def finished(image_folder, tmp_path_factory):
 def test_a_run_and_its_images_may_move(finished, image_folder, tmp_path, monkeypatch):
     """But the images be no others. They are known by names and sizes of files, not by times nor by
     pixels, of which another Pillow may make a little different ones."""
-    monkeypatch.chdir(tmp_path)
     decode = randsac.decode_image
     monkeypatch.setattr(randsac, "decode_image", lambda *given: decode(*given) ^ 1)
     out = shutil.copytree(finished, tmp_path / "moved run")
