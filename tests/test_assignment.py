@@ -10,6 +10,7 @@ import assignment
 import pytest
 import test_exercises
 from assignment import EXERCISES, ROOT, find_functions, take_out
+from conftest import refusal
 
 import randsac
 
@@ -129,11 +130,9 @@ def test_a_directory_in_use_and_wrong_flags_are_refused(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
     for place in (tmp_path, notes):
-        with pytest.raises(randsac.UserError, match="is not an empty directory: choose another"):
-            assignment.main(["--out", str(place)])
+        assert "choose another --out" in refusal(assignment.main, ["--out", str(place)])
     for flags in ([], ["--out"], ["--out", str(tmp_path / "new"), "--grade"]):
-        with pytest.raises(randsac.UserError, match="--help"):
-            assignment.main(flags)
+        assert "--help" in refusal(assignment.main, flags)
     assert [*tmp_path.iterdir()] == [notes]
     assert notes.read_text() == "mine"
     (tmp_path / "empty").mkdir()

@@ -14,7 +14,7 @@ import evidence as ev
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO_FLAGS, ROOT
+from conftest import MICRO_FLAGS, ROOT, refusal
 from PIL import Image
 
 import randsac
@@ -197,10 +197,8 @@ def test_a_job_that_was_stopped_goes_on(micro, image_folder, monkeypatch):
 
 def test_what_the_user_can_mend(micro, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="train/CLASS"):
-        run(tmp_path / "empty", micro, "--only", "mae", "no-skip")
-    with pytest.raises(UserError, match="invalid choice: 'square'"):
-        run(tmp_path, micro, "--only", "square")
+    assert "train/CLASS" in refusal(run, tmp_path / "empty", micro, "--only", "mae", "no-skip")
+    assert "invalid choice: 'square'" in refusal(run, tmp_path, micro, "--only", "square")
 
 
 # --- cost and verdicts
@@ -213,7 +211,8 @@ def test_cost_of_a_run():
     # many as forward, but no pixel needs a gradient.
     D = 64
     encoder = 4 * (16 * 12 * D * D + 2 * 16 * 16 * D)
-    decoder = 48 * 14 * D * D + 16 * 2 * D * D + 2 * 48 * 48 * D + 2 * 48 * 16 * D
+    decoder = 48 * 14 * D * D + 16 * 2 * D * D
+    decoder += 2 * 48 * 48 * D + 2 * 48 * 16 * D
     mixing = 4 * 16 * D
     embedding = 16 * 48 * D
     forward = encoder + decoder + mixing + 48 * D * 48 + embedding
@@ -344,8 +343,7 @@ def test_other_logs_have_their_own_place_and_are_in_the_picture(logged, monkeypa
     assert "100" in drawn
     assert drawn["60.5 mae"][1] < drawn["50.0 patch-random"][1] - 60  # it is higher up
 
-    with pytest.raises(UserError, match="no lines <!-- hundred --> and <!-- /hundred -->"):
-        report(hundred)
+    assert "no lines <!-- hundred --> and <!-- /hundred -->" in refusal(report, hundred)
     (logged / "results/README.md").write_text(f"{before}<!-- hundred --><!-- /hundred -->")
     text = report(hundred)
     assert text.startswith(before) and f"<!-- hundred -->\n`{recipe}`" in text
@@ -355,15 +353,12 @@ def test_other_logs_have_their_own_place_and_are_in_the_picture(logged, monkeypa
 
 @pytest.mark.parametrize("setting", [{"recipe": MICRO}, {"data": "other"}])
 def test_logs_that_cannot_be_compared_are_refused(here, setting):
-    with pytest.raises(UserError, match="has logs of 0 recipes, not one: run or remove some"):
-        report()
+    assert "has logs of 0 recipes, not one: run or remove some" in refusal(report)
     log(ev.LOGS, "mae", 50)
     log(ev.LOGS, "no-skip", 50, **setting)
-    with pytest.raises(UserError, match="has logs of 2 recipes, not one: run or remove some"):
-        report()
+    assert "has logs of 2 recipes, not one: run or remove some" in refusal(report)
     log(ev.LOGS, "no-skip", 50, flags="--segments patch")
-    with pytest.raises(UserError, match="no-skip-0 is of other flags"):
-        report()
+    assert "no-skip-0 is of other flags" in refusal(report)
     assert "\nold\n" in (here / "results/README.md").read_text()
     assert not [*(here / "assets").iterdir()]
 

@@ -199,10 +199,8 @@ def test_random_ranks_are_dense_and_every_partition_is_finished_before_the_next(
 @pytest.mark.exercise4
 def test_each_sample_draws_its_own_order_and_all_are_equally_likely():
     gaps = [torch.tensor([3, 0, 2, 3])]  # 3 segments: 6 orders
-    nested = [  # 2 partitions of 2 segments: 8 orders
-        torch.tensor([6, 2, 5, 4, 4, 2, 6, 6]),
-        torch.tensor([1, 1, 7, 7, 7, 1, 1, 1]),
-    ]
+    # 2 partitions of 2 segments: 8 orders
+    nested = [torch.tensor([6, 2, 5, 4, 4, 2, 6, 6]), torch.tensor([1, 1, 7, 7, 7, 1, 1, 1])]
     for levels, orders in [(gaps, 6), (nested, 8)]:
         expanded = [ids.expand(4000, -1) for ids in levels]
         ranks = randsac.serialize(expanded, "random", torch.Generator().manual_seed(1))

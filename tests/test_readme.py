@@ -2,8 +2,6 @@
 function, file and picture that they name is there."""
 
 import collections
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -18,11 +16,9 @@ import probe
 import randsac
 import visualize
 
-README = (ROOT / "README.md").read_text()
-PAGES = {
-    name: (ROOT / name).read_text()
-    for name in ("README.md", "tests/README.md", "results/README.md")
-}
+NAMES = ("README.md", "tests/README.md", "results/README.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+README = PAGES["README.md"]
 PRINTED = re.findall(r"^\$ python -c '(.*)'\n((?:(?!\$ |```).*\n)+)", README, re.MULTILINE)
 FLAG = r"(?<![\w-])--[a-z0-9]+(?:-[a-z0-9]+)*(?![\w-])"
 FOREIGN = {"--nproc-per-node"}  # torchrun's
@@ -31,13 +27,12 @@ COMMANDS = [(program,) for program in PROGRAMS]
 COMMANDS += [("results/evidence.py", word) for word in ("run", "report")]
 
 
-def test_commands_print_what_is_said(monkeypatch):
+def test_commands_print_what_is_said(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert len(PRINTED) >= 3
     for code, output in PRINTED:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(code, {})  # noqa: S102 (the README is ours)
-        assert printed.getvalue() == output
+        exec(code, {})  # noqa: S102 (the README is ours)
+        assert capsys.readouterr().out == output
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +200,8 @@ def test_the_tables_of_speed_say_what_the_logs_say():
     rows = table_after("### Speed on a GPU", PAGES["results/README.md"])
     assert len(rows) == len(gpu)
     for row, one in zip(rows, gpu):
-        wanted = [f"{one[name]}" for name in names] + [f"{100 * one['share_of_peak']:.1f} %"]
+        wanted = [str(one[name]) for name in names]
+        wanted.append(f"{100 * one['share_of_peak']:.1f} %")
         assert list(row.values()) == wanted
 
 

@@ -8,18 +8,10 @@ from conftest import micro
 
 import randsac
 
-STRATEGIES = [
-    ("patch", ()),
-    ("square", (4,)),
-    ("square", (16, 4)),
-    ("square", (64, 16, 4)),
-    ("blob", (7,)),
-    ("blob", (11, 5)),
-    ("blob", (20, 9, 3)),
-    ("scatter", (9,)),
-    ("scatter", (11, 5)),
-    ("mae", ()),
-]
+STRATEGIES = [("patch", ()), ("mae", ())]
+STRATEGIES += [("square", (4,)), ("square", (16, 4)), ("square", (64, 16, 4))]
+STRATEGIES += [("blob", (7,)), ("blob", (11, 5)), ("blob", (20, 9, 3))]
+STRATEGIES += [("scatter", (9,)), ("scatter", (11, 5))]
 ORDERED = [(*strategy, "random") for strategy in STRATEGIES]
 ORDERED += [(*strategy, "raster") for strategy in STRATEGIES if strategy[0] != "mae"]
 
@@ -60,15 +52,6 @@ def test_blobs_are_won_by_random_gaussians_and_coarser_ones_win_their_means():
     blob_of_token, partition_of_blob = groups
     assert torch.equal(levels[0], blob_of_token)
     assert torch.equal(levels[1], partition_of_blob.gather(1, blob_of_token))
-
-
-def test_blob_counts_and_sizes_vary():
-    ranks = draw("blob", (7,), batch=500)
-    counts = ranks.max(1).values + 1
-    assert counts.max() == 7
-    assert counts.min() < 7  # a Gaussian that wins no token is not there
-    sizes = {tuple(sorted(row.bincount().tolist())) for row in ranks}
-    assert len(sizes) > 300
 
 
 def test_scatter_has_the_sizes_of_blob_but_no_place():

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,10 +78,10 @@ def test_flags_given_take_the_place_of_a_trained_models():
         assert names(flag, refusal(randsac.with_flags, trained, {name: value}))
 
 
-PRECISIONS = [(True, (8, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")]
-
-
-@pytest.mark.parametrize("bfloat16, capability, choice", PRECISIONS)
+@pytest.mark.parametrize(
+    "bfloat16, capability, choice",
+    [(True, (8, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")],
+)
 def test_auto_takes_the_precision_that_a_device_has(bfloat16, capability, choice, monkeypatch):
     """An A100, the T4 of a free notebook, and a card older than that. Any CPU keeps float32."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
@@ -217,12 +218,12 @@ def flags_of(image_folder, **settings):
 
 def weights(run):
     """All of them, flat."""
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    saved = torch.load(f"{run}/checkpoint.pt", weights_only=True)
     return torch.cat([weight.flatten() for weight in saved["model"].values()])
 
 
 def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").open()]
 
 
 def steps(run):
@@ -231,7 +232,7 @@ def steps(run):
 
 
 def contents(run):
-    return {path.name: path.read_bytes() for path in run.iterdir()}
+    return {path.name: path.read_bytes() for path in Path(run).iterdir()}
 
 
 def test_a_run_learns_and_leaves_config_metrics_and_checkpoint(tmp_path, image_folder):
