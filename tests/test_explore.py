@@ -164,10 +164,8 @@ def folder(tmp_path_factory):
     """Holds explore.html as the README's command writes it where there is no data set, and pictures
     for which the four images beside the checkpoint are enough."""
     folder = tmp_path_factory.mktemp("explore")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        names = ["explore", "predictions", "attention", "loss-by-rank"]
-        visualize.main([*names, "--checkpoint", str(CHECKPOINT), "--out", str(folder)])
+    names = ["explore", "predictions", "attention", "loss-by-rank"]
+    visualize.main([*names, "--checkpoint", str(CHECKPOINT), "--out", str(folder)])
     return folder
 
 

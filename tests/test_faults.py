@@ -147,8 +147,7 @@ def run(arguments, fault, *values):
 # --- killed, interrupted
 
 
-# In the write of the images, of the first checkpoint, of a later one; in a step when the log has a
-# row that no checkpoint has.
+# In the write of images, of the first checkpoint, of a later one; in a step, with a row not saved.
 KILLS = [(kill_in_a_write, 1), (kill_in_a_write, 3), (kill_in_a_write, 5)]
 KILLS.append((signals_in_a_step, 11, signal.SIGKILL))
 

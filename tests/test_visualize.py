@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -487,21 +486,20 @@ def test_without_a_model_four_figures_are_drawn_in_their_margins(flags, more, tm
     assert skipped == (list(vz.PICTURES)[5:] if more else [])
 
 
-def test_all_draws_everything_and_an_index_that_says_what_it_is(run, capsys):
-    draw("all", "--checkpoint", run / "checkpoint.pt")
-    figures = Path("figures")
+def test_all_draws_everything_and_an_index_that_says_what_it_is(run, tmp_path, capsys):
+    draw("all", "--checkpoint", run / "checkpoint.pt", "--out", tmp_path)
     files = [f"{name}.{vz.ENDINGS.get(name, 'png')}" for name in vz.PICTURES]
-    made = sorted(path.name for path in figures.iterdir())
+    made = sorted(path.name for path in tmp_path.glob("*.*"))
     assert made == sorted([*files, "index.html"])
     said = capsys.readouterr().out
-    assert "skipped" not in said and f"open {figures / 'index.html'}" in said
-    index = (figures / "index.html").read_text()
+    assert "skipped" not in said and f"open {tmp_path / 'index.html'}" in said
+    index = (tmp_path / "index.html").read_text()
     links = re.findall(r'<p><a href="(.*?)">[A-Z][^<]*\.</a></p>', index)
     assert links == files and links[0] == "explore.html"
     for name in files[1:]:
-        assert margins_are_white(Image.open(figures / name)), name
+        assert margins_are_white(Image.open(tmp_path / name)), name
         assert f'<img src="{name}"' in index
-    page = (figures / "explore.html").read_text(encoding="utf-8")
+    page = (tmp_path / "explore.html").read_text(encoding="utf-8")
     assert '"model": {"name": "micro"' in page
     assert len({*re.findall('"label": "(.*?)"', page)}) == 3  # there are no more
 
