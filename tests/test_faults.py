@@ -160,6 +160,30 @@ def test_killed(flags, undisturbed, fault):
     lost_nothing("run", undisturbed)
 
 
+@pytest.mark.long
+def test_twenty_kills_at_random_moments(flags, undisturbed):
+    """Each is resumed to the end. Runs that are faster tell how long a life is."""
+    rng = np.random.default_rng(0)
+    lifetime = 60
+    left = []
+    while len(left) < 20:
+        out = Path(str(time.perf_counter_ns()))
+        process = start([*flags, "--out", out])
+        while process.is_alive() and not (out / "checkpoint.pt").exists():
+            time.sleep(0.002)
+        born = time.perf_counter()
+        process.join(rng.uniform(0, lifetime))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            lifetime = time.perf_counter() - born
+            continue
+        left.append(saved_step(out))
+        assert run_here("--resume", out) == 0
+        lost_nothing(out, undisturbed)
+    assert len(set(left)) > 3, left  # all over the run
+
+
 # SIGHUP of a closed terminal, Ctrl-C, SIGUSR1 and SIGTERM of a scheduler; and what Slurm sends
 # under srun at the time limit, where SIGTERM and SIGCONT are followed by SIGTERM 6 ms later.
 @pytest.mark.parametrize("numbers", [(1,), (2,), (10,), (15,), (15, 18, 15, 10, 10, 1, 1, 15)])
