@@ -576,7 +576,7 @@ class Config:
             self.model = dataset.get("model")
         defaults = dataset | MODELS.get(self.model, {})
         defaults["hierarchy"] = HIERARCHIES.get(self.segments)
-        # A token of one pixel, less its own mean, would be nothing.
+        # A token of one grey pixel, less its own mean, would be nothing.
         defaults["target"] = "pixels" if self.patch_size == 1 else "normalized"
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -1294,6 +1294,7 @@ def train(config, saved, device, process=0, world=1):
 
 def user_path(text):
     """A path as a shell reads it, also where none does, as in --out=~/run."""
+    check(text, "a path is empty")
     return Path(os.path.expanduser(text))
 
 
@@ -1325,17 +1326,20 @@ def run_command(main):
     sys.exit(2)
 
 
+ELSEWHERE = {"out", "device", "data_dir", "compile"}  # flags that may change when a run goes on
+
+
 def go_on(checkpoint, given):
     """-> the Config of a run that is there, and all that its checkpoint holds. Flags may repeat the
-    run's; where it computes, and where its images lie, may differ."""
+    run's; those of ELSEWHERE may differ."""
     saved, _, trained = load_checkpoint(checkpoint)
-    again = f"begin another run by {command_line('randsac.py', '--init', checkpoint)}"
-    check("optimizer" in saved, f"{checkpoint} holds only a model: {again}")
+    begin = command_line("randsac.py", "--init", checkpoint)
+    check("optimizer" in saved, f"{checkpoint} holds only a model: begin another run by {begin}")
     config = with_flags(trained, {"init": trained.init, "device": trained.device} | given)
-    for name in given.keys() - {"out", "device", "data_dir", "compile"}:
+    for name in given.keys() - ELSEWHERE:
         value = getattr(trained, name)
-        words = f"the run has {flag_name(name)} {value}: leave that as it is, or {again}"
-        check(getattr(config, name) == value, words)
+        words = f"the run has {flag_name(name)} {value}: leave that as it is, or add the flag to"
+        check(getattr(config, name) == value, f"{words} {begin}")
     return config, saved
 
 
@@ -1352,11 +1356,14 @@ def read_flags(given):
     if resumes and os.path.exists(checkpoint):
         return go_on(checkpoint, given)
 
-    # A directory holds one run. One that was cut off before its first checkpoint has but a log.
-    flags = given.keys() - {"out"}
+    # A directory holds one run. One that was cut off before its first checkpoint has an empty log.
+    flags = given.keys() - ELSEWHERE
     check(flags or not resumes, f"{run} holds no run; to begin one there, give its flags too")
-    begun = resumes and os.path.exists(f"{run}/metrics.jsonl")
-    mend = f"go on by {command_line('randsac.py', '--resume', run)}, or choose another directory"
+    mend = "choose another directory"
+    if os.path.exists(checkpoint):
+        mend = f"go on by {command_line('randsac.py', '--resume', run)}, or {mend}"
+    log = f"{run}/metrics.jsonl"
+    begun = resumes and os.path.exists(log) and os.path.getsize(log) == 0
     used = os.path.isdir(run) and os.listdir(run)  # never where there is no --out
     check(begun or not used, f"{run} is in use: {mend}")
     saved = {"rows": []} if resumes else {}  # with rows, the log may be written anew

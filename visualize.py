@@ -309,7 +309,7 @@ def traversal(partitions, ranks, width):
         start, end = centres[k : k + 2]
         ahead = F.normalize(end - start, dim=0)
         aside = 6 * ahead.flip(0) * torch.tensor([1, -1])
-        neck = end - 56 * ahead
+        neck = end - min(56, (end - start).norm() / 2) * ahead
         corners = [start + aside, neck + aside, neck + 3 * aside, end - 24 * ahead]
         corners += [neck - 3 * aside, neck - aside, start - aside]
         pen.polygon(torch.cat(corners).tolist(), RED if leaves[k] else INK, WHITE, 2)
@@ -509,7 +509,7 @@ def draw_attention(shown):
     image = shown.images[0][:1]  # [1,3,H,W]
     ranks = shown.ranks[0]
     # By default the first of a middle rank: some segments are hidden from it.
-    middle = ranks.max().item() // 2
+    middle = max(1, ranks.max().item() // 2)
     token = shown.flags.get("token", ranks.tolist().index(middle))
     check(0 <= token < len(ranks), f"there is no --token {token}: the last is {len(ranks) - 1}")
 
@@ -558,7 +558,7 @@ def draw_loss_by_rank(shown):
     zero = shown.model.target(tokens).square().mean().item()
     series = [("bars", losses, BLUE, "")]
     series.append(("line", {1: zero, last: zero}, RED, f"predicting zero: {zero:.3g}"))
-    note = f"Mean over {len(images)} images. The more is known, the lower is the loss."
+    note = f"Mean over {len(images)} images. After enough training, it falls the more is known."
 
     # Partitions of squares begin at the same ranks in all images.
     marks = []
@@ -623,6 +623,7 @@ def read_rows(path):
 def probed(row):
     """A row of probes.jsonl -> on which images it was measured, and of what."""
     place = f"{row['dataset']} {row['data_dir']}".strip()
+    place += f" at {row['image_size']} pixels"
     if row["features"] == "pixels":
         return place, "raw pixels"
     return place, "untrained" if row["random_init"] else "trained"
@@ -810,7 +811,7 @@ def main(arguments):
         nargs="*",
         default=FIGURES,
         metavar="PICTURE",
-        help=f"{every}; with curves also runs",
+        help=f"{every}; with curves or layers also runs",
     )
     add("--checkpoint", type=path, metavar="FILE", help="checkpoint.pt of a run")
     add("--image", type=path, metavar="FILE", help="show this image, not held-out ones")
@@ -823,7 +824,7 @@ def main(arguments):
     everything = "all" in words
     names = list(PICTURES) if everything else [word for word in words if word in PICTURES]
     runs = [Path(word) for word in words if word not in (*PICTURES, "all")]
-    if runs and "curves" not in names:
+    if runs and {*names}.isdisjoint(["curves", "layers"]):
         raise UserError(f"there is no picture {runs[0]}: choose from {every}")
     shown = Shown(flags, runs)
 

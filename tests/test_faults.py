@@ -235,9 +235,11 @@ def test_a_scheduler_repeats_one_command(flags, undisturbed, monkeypatch):
     lost_nothing(out, undisturbed)
 
     # A name that was mistyped is not begun, nor is anything begun where something else lies.
-    one_line(*go("--resume", "runs/b"), "runs/b")
+    one_line(*go("--resume", "runs/b", "--device", "cpu"), "runs/b")
     one_line(*go("--resume", "runs", *flags), "runs")
     assert set(os.listdir("runs")) == {"a", "cache"}
+    shutil.copytree(out, "kept", ignore=lambda *_: ["checkpoint.pt"])  # as in results/
+    one_line(*go("--resume", "kept", *flags), "kept is in use: choose another")
 
     # Flags that differ from the run's are refused by name, and nothing is touched.
     before = contents(out)
@@ -382,18 +384,15 @@ def test_main_in_a_thread(flags, undisturbed):
     lost_nothing("run", undisturbed)
 
 
-def ascii_stream():
-    return io.TextIOWrapper(io.BytesIO(), "ascii")
-
-
 def test_streams_that_are_no_terminals(flags, monkeypatch):
     """A terminal that lacks a letter; a service without stdout; python -OO, without docstrings. In
     all other tests `go` has a stream that can do little, as `%run randsac.py` in a notebook."""
     monkeypatch.setattr(randsac, "__doc__", None)
     given = [*flags, "--out", "Läufe"]
-    code, text = go(*given, stream=ascii_stream)
+    terminal = {"stream": lambda: io.TextIOWrapper(io.BytesIO(), "ascii")}
+    code, text = go(*given, **terminal)
     assert code == 0 and "trained" in text, text
-    one_line(*go(*given, stream=ascii_stream), "L\\xe4ufe is in use")
+    one_line(*go(*given, **terminal), "L\\xe4ufe is in use")
     monkeypatch.setattr(sys, "stdout", None)
     assert run_here("--resume", "Läufe") == 0
 

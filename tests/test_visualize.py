@@ -27,7 +27,8 @@ import visualize as vz
 from randsac import RandSAC, attention_masks, sample_ranks
 
 of_every_strategy = pytest.mark.parametrize("segments", randsac.HIERARCHIES)
-PROBE = {"dataset": "folder", "data_dir": "images", "features": "encoder", "random_init": False}
+PROBE = {"dataset": "folder", "data_dir": "images", "image_size": 8}
+PROBE |= {"features": "encoder", "random_init": False}
 LINEAR = {**PROBE, "protocol": "linear", "top1": 41.25}
 UNTRAINED = {**LINEAR, "random_init": True, "top1": 30.5}
 LAYERS = {**PROBE, "protocol": "layers", "layers": [30.5, 35.0], "layers_knn": [20.0, 25.0]}
@@ -560,11 +561,11 @@ def test_curves_compare_runs_and_probes_of_each_data_set_have_a_chart(run, tmp_p
     with open(other / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     pixels = {**LINEAR, "features": "pixels", "top1": 11.0}
-    flowers = {**LINEAR, "data_dir": "/data/of-anna/flowers", "top1": 12.0}
+    larger = {**LINEAR, "image_size": 16, "top1": 12.0}
     again = {**LINEAR, "top1": 13.0}  # this counts
     cifar = {**LINEAR, "dataset": "cifar10", "data_dir": "data", "top1": 14.0}
     floor = {**LAYERS, "random_init": True, "layers": [10.0, 9.0], "layers_knn": [8.0, 7.0]}
-    write_probes(other, LINEAR, UNTRAINED, LAYERS, pixels, flowers, cifar, again, floor)
+    write_probes(other, LINEAR, UNTRAINED, LAYERS, pixels, larger, cifar, again, floor)
 
     charts = calls_of("chart", monkeypatch)
     draw("curves", "layers", run, "--checkpoint", other / "checkpoint.pt", "--out", tmp_path)
@@ -579,10 +580,10 @@ def test_curves_compare_runs_and_probes_of_each_data_set_have_a_chart(run, tmp_p
             found.append((place[10:-9], hue, top1))
     floors = {"linear raw pixels": 11.0, "linear untrained": 30.5}
     assert found == [
-        ("cifar10 data", vz.BLUE, {"linear trained": 14.0}),
-        ("folder /data/of-anna/flowers", vz.BLUE, {"linear trained": 12.0}),
-        ("folder images", vz.BLUE, {"linear trained": 13.0, **floors}),
-        ("folder images", vz.RED, {"linear trained": 41.25, "linear untrained": 30.5}),
+        ("cifar10 data at 8 pixels", vz.BLUE, {"linear trained": 14.0}),
+        ("folder images at 16 pixels", vz.BLUE, {"linear trained": 12.0}),
+        ("folder images at 8 pixels", vz.BLUE, {"linear trained": 13.0, **floors}),
+        ("folder images at 8 pixels", vz.RED, {"linear trained": 41.25, "linear untrained": 30.5}),
     ]
     layers = {words.partition(":")[0]: [*points.values()] for _, points, _, words in charts[-1][1]}
     assert list(layers.values()) == [[30.5, 35.0], [20.0, 25.0], [10.0, 9.0], [8.0, 7.0]]
