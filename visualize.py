@@ -309,7 +309,8 @@ def traversal(partitions, ranks, width):
         start, end = centres[k : k + 2]
         ahead = F.normalize(end - start, dim=0)
         aside = 6 * ahead.flip(0) * torch.tensor([1, -1])
-        neck = end - min(56, (end - start).norm() / 2) * ahead
+        length = (end - start).norm()
+        neck = end - min(56, length / 2) * ahead
         corners = [start + aside, neck + aside, neck + 3 * aside, end - 24 * ahead]
         corners += [neck - 3 * aside, neck - aside, start - aside]
         pen.polygon(torch.cat(corners).tolist(), RED if leaves[k] else INK, WHITE, 2)

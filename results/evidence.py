@@ -283,7 +283,9 @@ def draw_claims(pen, runs):
         for key, name in PROBES.items():
             pen.text((858, y), name, "black", FONT, "lm")
             difference, half, _ = compare(runs[a][key], runs[b][key])
-            pen.line((across(difference - half), y, across(difference + half), y), "black", 4)
+            left = across(difference - half)
+            right = across(difference + half)
+            pen.line((left, y, right, y), "black", 4)
             pen.circle((across(difference), y), 9, "black")
             y += 32
 
