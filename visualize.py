@@ -337,7 +337,7 @@ def draw_hierarchy(shown):
             row.append((f"{segments} {counts}\n{leaves}", image))
         rows.append(row)
     note = """A hue is a partition, a number a segment's rank. Arrows lead to the next segment; they
-        are red where a partition is left. Left: a flat order. Right: a hierarchical one."""
+        are orange where a partition is left. Left: a flat order. Right: a hierarchical one."""
     return sheet("Flat and hierarchical serialization (Figure 3)", note, rows)
 
 
@@ -559,7 +559,7 @@ def draw_loss_by_rank(shown):
     zero = shown.model.target(tokens).square().mean().item()
     series = [("bars", losses, BLUE, "")]
     series.append(("line", {1: zero, last: zero}, RED, f"predicting zero: {zero:.3g}"))
-    note = f"Mean over {len(images)} images. After enough training, it falls the more is known."
+    note = f"Mean over {len(images)} images. After enough training, the loss is lower, the more is known."
 
     # Partitions of squares begin at the same ranks in all images.
     marks = []
