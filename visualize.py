@@ -559,7 +559,8 @@ def draw_loss_by_rank(shown):
     zero = shown.model.target(tokens).square().mean().item()
     series = [("bars", losses, BLUE, "")]
     series.append(("line", {1: zero, last: zero}, RED, f"predicting zero: {zero:.3g}"))
-    note = f"Mean over {len(images)} images. After enough training, the loss is lower, the more is known."
+    note = f"""Mean over {len(images)} images. After enough training, the loss is lower, the more is
+        known."""
 
     # Partitions of squares begin at the same ranks in all images.
     marks = []
