@@ -1375,7 +1375,7 @@ def read_flags(given):
 
 def join_processes(config, device):
     """-> which process this is, and of how many: several where torchrun has started them."""
-    # srun and mpirun start a machine's task once, and torchrun in it what trains together.
+    # On a machine srun or mpirun may start one task, and torchrun in it what trains together.
     launched = dist.is_torchelastic_launched()
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     launchers = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]

@@ -255,6 +255,7 @@ def strategies(shown, count):
     config = shown.config
     if not shown.flags.keys().isdisjoint(ORDER_FLAGS):
         name = " ".join(["yours:", config.segments, *map(str, config.hierarchy)])
+        # The flags as one would type them: those that differ, and any hierarchy, (7, 3) as 7 3.
         settings = vars(config)
         default = vars(Config()) | {"hierarchy": ()}
         changed = [flag for flag in ORDER_FLAGS if settings[flag] != default[flag]]
@@ -727,10 +728,10 @@ def draw_explore(shown):
 SHARED_FLAGS = (*ORDER_FLAGS, "dataset", "data_dir")  # with randsac.py
 FIGURES = ("segments", "hierarchy", "order", "masks")  # 1 to 4 of the paper
 OF_MODELS = (draw_predictions, draw_neighbours, draw_loss_by_rank, draw_attention, draw_skips)
-OF_RUNS = (draw_curves, draw_layers)
+OF_MODELS += (draw_layers,)  # from the log of the model's probes
 PICTURES = {}
 OF_ANY = (draw_explore, draw_segments, draw_hierarchy, draw_order, draw_masks)
-for function in (*OF_ANY, *OF_MODELS, *OF_RUNS):
+for function in (*OF_ANY, *OF_MODELS, draw_curves):
     PICTURES[function.__name__[5:].replace("_", "-")] = function
 ENDINGS = {"order": "gif", "explore": "html"}
 
@@ -808,13 +809,8 @@ def main(arguments):
     add = parser.add_argument
     path = randsac.user_path
     every = f"{', '.join(PICTURES)}, all"
-    add(
-        "words",
-        nargs="*",
-        default=FIGURES,
-        metavar="PICTURE",
-        help=f"{every}; with curves or layers also runs",
-    )
+    say = f"{every}; with curves also runs"
+    add("words", nargs="*", default=FIGURES, metavar="PICTURE", help=say)
     add("--checkpoint", type=path, metavar="FILE", help="checkpoint.pt of a run")
     add("--image", type=path, metavar="FILE", help="show this image, not held-out ones")
     add("--token", type=int, metavar="I", help="whose attention to show, in raster order from 0")
@@ -826,7 +822,7 @@ def main(arguments):
     everything = "all" in words
     names = list(PICTURES) if everything else [word for word in words if word in PICTURES]
     runs = [Path(word) for word in words if word not in (*PICTURES, "all")]
-    if runs and {*names}.isdisjoint(["curves", "layers"]):
+    if runs and "curves" not in names:
         raise UserError(f"there is no picture {runs[0]}: choose from {every}")
     shown = Shown(flags, runs)
 
@@ -838,7 +834,7 @@ def main(arguments):
         file = f"{name}.{ENDINGS.get(name, 'png')}"
         try:
             check(shown.model or draw not in OF_MODELS, "it needs a --checkpoint")
-            check(shown.runs or draw not in OF_RUNS, "it needs a run, or its --checkpoint")
+            check(shown.runs or draw != draw_curves, "it needs a run, or its --checkpoint")
             picture = draw(shown)
         except UserError as error:
             check(everything, f"cannot draw {name}: {error}")

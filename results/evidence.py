@@ -53,7 +53,6 @@ VARIANTS = {  # in the order of what they decide
     "square-16-k8": "--segments square --hierarchy 16 --last-rank 8",
     "square-16-4-k4": "--segments square --hierarchy 16 4 --last-rank 4",
     "patch-random-k16": "--segments patch --last-rank 16",
-    "patch-raster-k16": "--segments patch --order raster --last-rank 16",
     "square-4": "--segments square --hierarchy 4",
     "blob-11-5": "--segments blob --hierarchy 11 5",
 }
@@ -68,7 +67,6 @@ CLAIMS = [  # claim, a variant, one that it should exceed, the paper's differenc
     ("RandSAC > MAE, equal passes", "square-16-4", "mae", "+4.80 (Table 7)"),
     ("RandSAC, 4 passes > MAE", "square-16-4-short", "mae", "not tried"),
     ("K = 4 > MAE, equal cost", "square-16-k4", "mae", "not tried"),
-    ("random > raster, K = 16", "patch-random-k16", "patch-raster-k16", "not tried"),
 ]
 FLOORS = {"untrained": "--random-init", "raw pixels": "--features pixels"}  # flags of probe.py
 PROBES = {"lin": "LIN", "knn": "kNN"}

@@ -598,6 +598,7 @@ BAD = [
     ("empty", "curves BARE/empty"),
     ("no.pt", "masks --checkpoint no.pt"),
     ("no.png", "order --image no.png"),
+    ("--out", "masks --out="),
     ("--checkpoint", "attention"),
     ("--checkpoint", "curves"),
     ("hierarchy", "masks --hierarchy 7"),
